@@ -1,4 +1,4 @@
-# Sourced by the other scripts: sets ROOT (the repository) and, unless the caller has set it, PYTHON (the interpreter).
+# Sourced by start_run.sh and gpu_check.sh: sets ROOT (the repository) and, unless the caller has set it, PYTHON (the interpreter).
 ROOT=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=$ROOT/.venv/bin/python

@@ -1,7 +1,7 @@
 """Attention on the CPU for BERT, RoBERTa and others. Gains: a step of 6-layer MiniLM in bfloat16, 1.10 s → 0.77 s.
 
 Measured in benchmarks/README.md on RTE, batch 32, one EPYC core. It works for every encoder for which transformers
-supports other attention functions (not T5 and BART).
+supports other attention functions (not MPNet, T5 and BART).
 
 `scaled_dot_product_attention` has no fast CPU kernel for training: with dropout it works in float32, draws the mask one
 number at a time and multiplies strided heads; without dropout its bfloat16 kernel is slower still. Here the function of

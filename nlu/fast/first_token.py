@@ -29,7 +29,7 @@ COVERED = {
     mpnet.MPNetForSequenceClassification: mpnet.MPNetLayer,
     roberta.RobertaForSequenceClassification: roberta.RobertaLayer,
 }
-# Both hold in one thread, as other threads may call the model in other ways.
+# Each thread has its own values: another thread may call the encoder alone.
 _ALONE: ContextVar[bool] = ContextVar("in a call of the classifier", default=False)
 _CUT: ContextVar[bool] = ContextVar("in a layer that computes the first token alone", default=False)
 _signature = functools.cache(inspect.signature)
