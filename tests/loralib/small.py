@@ -4,15 +4,24 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
 
 import loralib
+from loralib.recipes.trainer import LowRankTrainerMixin
 from tests.nlu.tiny import SIZES
 
 INPUTS = torch.arange(18, dtype=torch.float64).view(3, 6).cos().float()
 # Settings of an allocator over 40 steps.
 SCHEDULE = {"init_warmup": 5, "final_warmup": 8, "mask_interval": 3, "beta1": 0.85, "beta2": 0.7, "total_steps": 40}
+# Every kind of layer, with options of each.
+KINDS = [
+    ("lora", {}),
+    ("adalora", {"init": "orthogonal"}),
+    ("lora2", {"k": 1}),
+    ("lora2", {"k": 2, "share_outer": True, "init": "orthogonal"}),
+    ("multiscale", {"widths": (4, 2), "lora_dropout": 0.1}),
+]
 
 
 class Net(nn.Module):
@@ -127,21 +136,25 @@ def gpt2(layers=1):
 def encoder(model_type="bert", sizes=SIZES, **settings):
     """A transformers sequence classifier with random weights."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**sizes, **settings})
-    return AutoModelForSequenceClassification.from_config(config).eval()
+    config = transformers.AutoConfig.for_model(model_type, **{**sizes, **settings})
+    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def decoder(model_type, sizes, **settings):
     """A transformers language model with random weights. By default its output layer is tied to its embedding."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{"tie_word_embeddings": True, **sizes, **settings})
-    return AutoModelForCausalLM.from_config(config).eval()
+    config = transformers.AutoConfig.for_model(model_type, **{"tie_word_embeddings": True, **sizes, **settings})
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+class LowRankTrainer(LowRankTrainerMixin, transformers.Trainer):
+    """transformers' Trainer with the mix-in and nothing else."""
 
 
 def training_arguments(folder, **changes):
     """Arguments of a Trainer on the CPU that by default saves and shows nothing."""
     quiet = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "use_cpu": True}
-    return TrainingArguments(str(folder), **quiet | changes)
+    return transformers.TrainingArguments(str(folder), **quiet | changes)
 
 
 def blocks(kind, count=3, features=(9, 7), std=None, seed=0, **options):

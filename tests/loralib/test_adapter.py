@@ -14,47 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 import loralib
 from loralib.interop.precision import cast_frozen
 from loralib.model import load_trained_tensors, trained_tensors
-from tests.loralib.small import INPUTS, Net, adapted, encoder, gpt2, randomise, refused, trainable
-
-KINDS = [
-    ("lora", {}),
-    ("adalora", {"init": "orthogonal"}),
-    ("lora2", {"k": 1}),
-    ("lora2", {"k": 2, "share_outer": True, "init": "orthogonal"}),
-    ("multiscale", {"widths": (4, 2), "lora_dropout": 0.1}),
-]
-
-
-def live_ranks(model):
-    return {name: int(layer.lora_E.count_nonzero()) for name, layer in loralib.lora_layers(model).items()}
-
+from tests.loralib.small import INPUTS, KINDS, Net, adapted, encoder, gpt2, randomise, refused, trainable
 
 # ---- saving and loading ---------------------------------------------------------------------------------------------
-
-
-def test_trained_adapter_reloads_bit_for_bit_with_its_ranks(tmp_path):
-    model, base, small, ids = encoder(), encoder(), encoder(), torch.arange(2, 26).view(4, 6)
-    adapted(modules=["query", "value", "intermediate"], r=4, k=3, model=model)
-    low_rank = loralib.LowRankTraining(model, 6, target_rank=2, init_warmup=2, mask_interval=1)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    for _ in range(6):
-        (model(ids, labels=torch.arange(4) % 2).loss + low_rank.penalty()).backward()
-        low_rank.step(optimizer)
-        optimizer.zero_grad()
-    folder, logits = loralib.save_adapter(model, tmp_path / "a", base_model="net", card={"task": "stsb"}), model(ids)
-    assert (logits.logits - base(ids).logits).abs().max() > 0.05
-    config = loralib.load_adapter(base, folder)
-    assert torch.equal(base(ids).logits, logits.logits)
-    assert config.kind == "lora2" and config.base_model == "net" and config.card == {"task": "stsb"}
-    pattern = low_rank.allocator.rank_pattern
-    assert config.ranks == {name: sum(flags) for name, flags in pattern.items()} == live_ranks(model)
-    assert len(set(config.ranks.values())) > 1 and sum(config.ranks.values()) == 6 * 2
-    assert {n for n, p in base.named_parameters() if p.requires_grad} == {
-        *loralib.lora_state_dict(base), "classifier.weight", "classifier.bias"
-    }  # fmt: skip
-    loralib.load_adapter(small, folder)
-    assert loralib.compact(small) == config.ranks
-    torch.testing.assert_close(small(ids).logits, logits.logits, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind, options", KINDS)
@@ -67,6 +29,7 @@ def test_every_kind_reloads_with_bfloat16_frozen_weights_and_its_lora_alpha(tmp_
     cast_frozen(again, torch.bfloat16)
     assert torch.equal(again(INPUTS), model(INPUTS))
     assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
     loralib.save_adapter(again, tmp_path / "b")
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
@@ -114,7 +77,8 @@ def test_buffers_load_into_a_plain_and_into_an_injected_model(tmp_path, norm_tra
 def test_compacted_layers_train_merge_save_and_load(kind, options, tmp_path):
     model, again = adapted(kind, **options), Net()
     model.layers[0]["q"].lora_E.requires_grad_(False)  # stays frozen
-    outputs, expected = model(INPUTS), live_ranks(model)
+    outputs = model(INPUTS)
+    expected = {name: int(layer.lora_E.count_nonzero()) for name, layer in loralib.lora_layers(model).items()}
     before = {n: (m.delta_weight(), m.scaling) for n, m in loralib.lora_layers(model).items()}
     assert list(expected.values())[:3] == [2, 0, 3] and loralib.compact(model) == expected
     assert not model.layers[0]["q"].lora_E.requires_grad

@@ -8,7 +8,7 @@ import loralib
 from loralib.recipes.diagnostics import update_statistics
 from loralib.recipes.exact_factors import ExactFactors, deviations
 from loralib.recipes.learning_rates import parameter_groups
-from tests.loralib.small import blocks, matrices_of, refused, trainable
+from tests.loralib.small import KINDS, blocks, matrices_of, refused, trainable
 
 
 def model_of(widths=(4,), share_outer=False, init="orthogonal", r=4):
@@ -132,9 +132,7 @@ def test_exactly_the_trainable_factors_are_kept_orthonormal(frozen):
         ExactFactors(model)
 
 
-@pytest.mark.parametrize(
-    "kind, options", [("lora", {}), ("adalora", {}), ("lora2", {"k": 3, "share_outer": True}), ("lora2", {"k": 1})]
-)
+@pytest.mark.parametrize("kind, options", KINDS)
 def test_statistics_agree_with_the_dense_update(kind, options):
     model = blocks(kind, std=1.0, r=4, **options)
     layers = loralib.lora_layers(model)
