@@ -215,12 +215,10 @@ def test_transformer_encoder_takes_a_padding_mask_in_evaluation():
         torch.testing.assert_close(model.eval()(x, src_key_padding_mask=mask)[~mask], expected[~mask])
 
 
-@pytest.mark.parametrize("rank", [-1, 4])
-def test_rank_pattern_beyond_the_singular_values_is_refused(rank):
-    with refused("rank_pattern"):
-        net(rank_pattern={"q": rank})
-
-
-def test_layers_pattern_without_layers_is_refused_as_by_pefts_lora():
-    with refused("layers_pattern needs layers_to_transform"):
-        LoRA2Config(target_modules=["q"], layers_pattern="layers")
+@pytest.mark.parametrize("options, says", [
+    ({"rank_pattern": {"q": -1}}, "rank_pattern"), ({"rank_pattern": {"q": 4}}, "rank_pattern"),
+    ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
+])  # fmt: skip
+def test_patterns_that_fit_neither_the_rank_nor_other_settings_are_refused(options, says):
+    with refused(says):
+        net(**options)
