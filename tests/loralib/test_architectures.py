@@ -33,7 +33,7 @@ ENCODERS = {
 }
 
 
-def adapted(model):
+def adapted_encoder(model):
     """LoRA² in every linear layer of the encoder; the factors and the head are trainable."""
     head = {id(p) for p in head_parameters(model)}
     names = [name for name, m in model.named_modules() if type(m) is nn.Linear and id(m.weight) not in head]
@@ -61,7 +61,7 @@ QUICK = ("deberta-v2", "mpnet", "roberta")
     "model_type", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in ENCODERS]
 )
 def test_ten_steps_in_float32_and_with_bfloat16_frozen_weights_agree(model_type):
-    model = adapted(encoder(model_type, ENCODERS[model_type]))
+    model = adapted_encoder(encoder(model_type, ENCODERS[model_type]))
     half = copy.deepcopy(model)
     cast_frozen(half, torch.bfloat16, head=head_modules(half))
     ids = torch.randint(3, 50, (4, 16), generator=torch.Generator().manual_seed(1))

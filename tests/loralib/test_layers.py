@@ -140,14 +140,14 @@ def test_states_of_microsofts_and_adaloras_loralib_load(kind, names):
 # ---- in place of an nn.Linear ---------------------------------------------------------------------------------------
 
 
-def adapted(model, *modules, kind="lora2"):
+def with_factors(model, *modules, kind="lora2"):
     loralib.inject(model, kind, list(modules), r=4)
     return randomise(model, 0.3, seed=2)
 
 
 def two_layers():
     torch.manual_seed(0)
-    return adapted(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), "0", "1").eval()
+    return with_factors(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), "0", "1").eval()
 
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
@@ -157,7 +157,7 @@ X = torch.linspace(-1, 1, 24).reshape(4, 6)
 @pytest.mark.parametrize("shape", [(6,), (0, 6), (2, 2, 6)])
 def test_the_output_may_be_written_to_in_place(kind, shape):
     torch.manual_seed(0)
-    model = adapted(nn.Sequential(nn.Linear(6, 5)), "0", kind=kind)
+    model = with_factors(nn.Sequential(nn.Linear(6, 5)), "0", kind=kind)
     expected = nn.functional.relu(model(torch.ones(shape)) + 1)
     out = model(torch.ones(shape))
     assert out.shape == (*shape[:-1], 5)
@@ -218,7 +218,7 @@ def test_state_dict_of_a_merged_or_unmerged_model_loads_into_either(merged, sour
 def test_fused_path_of_torchs_encoder_layer_does_not_skip_the_update(padded, grad):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    model = adapted(nn.TransformerEncoder(layer, 2), "linear1", "linear2")
+    model = with_factors(nn.TransformerEncoder(layer, 2), "linear1", "linear2")
     x, mask = torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.bool)
     mask[1, 3:] = padded
     outputs = []
@@ -239,7 +239,7 @@ def test_projection_that_attention_never_calls_is_refused(projection):
 def test_a_module_under_two_parents_is_adapted_in_both(tmp_path):
     torch.manual_seed(0)
     base = nn.Sequential(linear := nn.Linear(6, 6), nn.Sequential(nn.Tanh(), linear))
-    model = adapted(copy.deepcopy(base), "0").eval()
+    model = with_factors(copy.deepcopy(base), "0").eval()
     layer = model[0]
     assert layer is model[1][1] and isinstance(layer, loralib.LoRA2Linear)
     weight = layer.weight + layer.delta_weight()
