@@ -4,12 +4,10 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import RankAllocator
-from transformers import Trainer
 
 from loralib.interop.export import main
 from loralib.interop.peft_adalora import AdaLoraTraining, SortingAllocator
-from loralib.recipes.trainer import LowRankTrainerMixin
-from tests.loralib.small import encoder, trainable, training_arguments
+from tests.loralib.small import LowRankTrainer, encoder, trainable, training_arguments
 
 IDS = torch.tensor([[2, 7, 9, 3], [2, 4, 4, 3]])
 ROWS = [{"input_ids": [2, 5 + i, 7, 3], "labels": i % 2} for i in range(8)]
@@ -22,14 +20,11 @@ def adalora(**options):
     return get_peft_model(encoder(), AdaLoraConfig(**settings))
 
 
-class MyTrainer(LowRankTrainerMixin, Trainer): ...
-
-
 def train(model, folder, resume=None, metrics=None, **options):
     torch.manual_seed(1)
     arguments = training_arguments(folder, max_steps=8, per_device_train_batch_size=2, learning_rate=0.05, **options)
     data = {"train_dataset": ROWS, "eval_dataset": ROWS, "compute_metrics": metrics}
-    trainer = MyTrainer(model=model, low_rank=AdaLoraTraining(model), args=arguments, **data)
+    trainer = LowRankTrainer(model=model, low_rank=AdaLoraTraining(model), args=arguments, **data)
     trainer.train(resume_from_checkpoint=resume)
     model.eval()
     return trainer
