@@ -29,7 +29,7 @@ def sst2(tmp_path):
     ("llama", []), ("llama", ["--quantise", "int8"]), ("gpt2", []),
     *(pytest.param(shape, [], marks=pytest.mark.slow) for shape in ("qwen2", "qwen3")),
 ])  # fmt: skip
-def test_decoder_lm(shape, quantise, sst2, tmp_path, capsys):
+def test_decoder_example_learns_and_its_adapters_load_here_and_in_peft(shape, quantise, sst2, tmp_path, capsys):
     text = ["--sst2", sst2] if shape == "llama" else []
     losses = decoder_lm.main(["--shape", shape, "--steps", "40", "--out", str(tmp_path / "a"), *text, *quantise])
     assert sum(losses[-3:]) < sum(losses[:3]) - 2
@@ -49,21 +49,21 @@ def test_decoder_lm(shape, quantise, sst2, tmp_path, capsys):
         torch.testing.assert_close(peft(prompt).logits, model(prompt).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_vision_transformer(tmp_path):
+def test_vision_transformer_example_learns_and_saves_its_adapter(tmp_path):
     assert vision_transformer.main(["--steps", "60", "--out", str(tmp_path / "a")]) > 0.3  # chance is 0.1
     assert loralib.read_adapter_config(tmp_path / "a").architecture == "ViTForImageClassification"
 
 
-def test_plain_loop():
+def test_plain_loop_example_learns():
     before, after = plain_loop.main(["--steps", "150"])
     assert before < 0.5 and after > 0.9
 
 
-def test_own_trainer():
+def test_own_trainer_example_learns():
     assert own_trainer.main(["--steps", "100"])["eval_accuracy"] > 0.3
 
 
-def test_own_task_notebook(encoder_path, tmp_path, monkeypatch):
+def test_own_task_notebook_labels_new_texts(encoder_path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "examples/own_task.ipynb", as_version=4)
     parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")
