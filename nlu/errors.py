@@ -44,7 +44,7 @@ def exit_code(error: BaseException) -> int:
         print(f"{str(error) or 'stopped'}: give the same command again", file=sys.stderr)
         return 128 + getattr(error, "signum", signal.SIGINT)
     if isinstance(error, BrokenPipeError):  # the reader of our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 1
     code, hint = 1, ""
     if isinstance(error, UsageError):
@@ -60,6 +60,11 @@ def exit_code(error: BaseException) -> int:
         raise error
     print(f"error: {reason(error)}{hint}", file=sys.stderr)
     return code
+
+
+def discard_output() -> None:
+    """Let further lines go nowhere, once the reader of our output has ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -49,15 +49,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 1e-3 as text, but people mean a number. Without a sign it stays text: 12e45 may be a commit.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]\d+$"), list("+-0123456789")
-)
-# A date stays text, as on the command line; JSON has none.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith(":timestamp")]
-    for first, pairs in _Loader.yaml_implicit_resolvers.items()
+# The values of YAML 1.2: in 1.1 `no` is false, 010 is 8, 1:30 is 90, 2024_01 is 202401, and 1e-3 is text. All else is
+# text, as on the command line: also a date, and 12e45, which may be a commit.
+_VALUES = {
+    "null": ("~|null|Null|NULL|", [*"~nN", ""]),
+    "bool": ("true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[+-]?(0|[1-9]\d*)", list("+-0123456789")),
+    "float": (r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE][+-]))([eE][+-]?\d+)?", list("+-.0123456789")),
+    "merge": ("<<", ["<"]),
 }
+_Loader.yaml_implicit_resolvers = {}
+for tag, (pattern, firsts) in _VALUES.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})$"), firsts)
 
 
 def parse_yaml(text: str | bytes, name: str | Path = "") -> Any:

@@ -118,7 +118,8 @@ class LoRA2Adapter(LoRA2Linear):
         return self._side("lora_A_")
 
     def _side(self, prefix: str) -> list[nn.Parameter]:
-        return [factor for name, factor in self._parameters.items() if name.startswith(prefix)]
+        # By attribute: in a replica of nn.DataParallel the factors are no parameters.
+        return [getattr(self, f"{prefix}{scale}") for scale in (0, 1) if hasattr(self, f"{prefix}{scale}")]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("lora_B", "lora_A"):
@@ -250,6 +251,13 @@ class LoRA2Model(BaseTuner):
         if adapter_name not in self.active_adapters:  # a further adapter is trainable only once it is set active
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As peft's, which for a module that is not a wrapper (a head that is unloaded) expects a weight of its own."""
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
 
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> nullcontext:
         """peft calls this before each forward pass, with the arguments that the model itself does not receive."""

@@ -57,9 +57,9 @@ def write_comparison(
     table.insert(2, "α/r", [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale])
     table["s/step"] = [number(value, 3) for value in scores.seconds_per_step]
     text = "\n".join([markdown(table), "", answer(scores, frame), "", *notes, ""])
-    print(f"\n{text}")
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.csv", as_csv(scores))
+    print(f"\n{text}")  # last: a terminal without UTF-8 cannot show it
     tried = tuning_runs(as_frame(tuning))
     for drawing in draw(frame, scores, tried):
         write_bytes(folder / f"comparison_{drawing.kind}.png", drawing.png())

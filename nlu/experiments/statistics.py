@@ -126,8 +126,7 @@ def _tell_apart(frame: pd.DataFrame) -> None:
             values = frame.settings[same].map(lambda each, name=name: str(each.get(name, DEFAULTS.get(name))))
             if values[own.index].groupby(own.task).nunique().max() > 1:
                 frame.loc[same, "label"] += values.map(lambda value, name=name: f", {name}={value}")
-    runs = finished(frame)
-    twice = runs[runs.duplicated(["experiment", "label", "task", "seed"])]
+    twice = frame[frame.duplicated(["experiment", "label", "task", "seed"])]
     if len(twice):
         message = (
             "{experiment}.jsonl has {label} on {task} with seed {seed} twice: delete a line (runs that differ only in "

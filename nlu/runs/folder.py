@@ -19,7 +19,7 @@ from nlu.runs.checkpoints import UNFINISHED
 from nlu.runs.files import locked
 
 RECORD = "results.json"
-PARTS = ("model", "adapter", "predictions", "log", RECORD, "rank_pattern.json")
+PARTS = ("model", "adapter", "predictions", "log", "rank_pattern.json", RECORD)  # the record is deleted last
 LOCK = ".lock"
 
 # Arguments that may differ when a run is resumed: the places of files, reporting, speed, and how the processes share a
@@ -64,12 +64,17 @@ class RunFolder:
         in_use = f"{self.path} is in use by another run: wait until it ends, or name another --root_output_dir"
         with locked(self.path / LOCK, in_use):
             try:
+                self._remove_empty_model()  # of a run that was killed
                 yield self.state()
             finally:
-                with contextlib.suppress(OSError):  # the Trainer makes it empty before all arguments are checked
-                    (self.path / "model").rmdir()
+                self._remove_empty_model()
                 if made and [path.name for path in self.path.iterdir()] == [LOCK]:
                     shutil.rmtree(self.path)
+
+    def _remove_empty_model(self) -> None:
+        """The Trainer makes it before all arguments are checked."""
+        with contextlib.suppress(OSError):
+            (self.path / "model").rmdir()
 
     def state(self) -> str:
         """The state of the run: "new", "resume" (interrupted, or predictions are missing) or "finished".
@@ -128,7 +133,7 @@ class RunFolder:
         """Delete half-written files, and what an earlier process predicted; for a new run, the whole previous run."""
         for name in PARTS if state == "new" and (self.path / RECORD).exists() else ("predictions",):
             part = self.path / name
-            shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink(missing_ok=True)
         shutil.rmtree(self.path / "model" / UNFINISHED, ignore_errors=True)
         if not (self.path / "adapter" / CONFIG_FILE).exists():  # it is written last
             shutil.rmtree(self.path / "adapter", ignore_errors=True)

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from nlu.command_line import given_command
+from nlu.errors import discard_output
 from nlu.runs.machine import now, peak_memory_bytes
 from nlu.runs.processes import is_first
 
@@ -27,8 +28,11 @@ _SILENCE = 20.0  # seconds: the longest time without a line during an evaluation
 def say(text: str) -> None:
     """Print a line for people on the console, and write it to the log; the first process speaks for all."""
     if is_first():
-        print(text, flush=True)
         logger.info(text)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # Ctrl-C ends `tee` too: the run still saves its step
+            discard_output()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 def is_first() -> bool:
     """Whether this is rank 0, which alone writes the run's files and prints its lines."""
-    return os.environ.get("RANK", "0") == "0"
+    return world_size() == 1 or os.environ.get("RANK", "0") == "0"  # another program's RANK says nothing
 
 
 def world_size() -> int:

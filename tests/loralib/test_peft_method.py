@@ -82,6 +82,23 @@ def test_merge_unmerge_and_unload_keep_the_outputs_and_the_saved_keys(tmp_path):
     assert not any(isinstance(module, BaseTunerLayer) for module in plain.modules())
 
 
+def test_head_of_several_layers_stays_when_the_model_is_unloaded():
+    model = net(["query"], encoder("roberta"), task_type="SEQ_CLS").eval()
+    ids = torch.arange(2, 14).view(2, 6)
+    expected = model(ids).logits
+    torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_replica_of_data_parallel_has_the_factors():
+    """There a layer's parameters are ordinary attributes (torch.nn.parallel.replicate)."""
+    adapter, x = net().base_model.model.layers[0]["q"].lora2_adapters["default"], torch.randn(3, 6)
+    replica = adapter._replicate_for_data_parallel()
+    for name, factor in adapter.named_parameters(recurse=False):
+        setattr(replica, name, factor.detach().clone())
+    out = torch.zeros(3, adapter.out_features)
+    assert not replica._parameters and torch.equal(replica(x, out), adapter(x, out))
+
+
 def test_several_adapters_can_be_switched_disabled_combined_merged_and_deleted():
     model, base = net(), Net()
     model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["q"]))

@@ -16,11 +16,12 @@ from tests.nlu.sweeps import BASIC
 FILES = [path for path in sorted((ROOT / "configs/experiments").glob("*.yaml")) if path.stem != "claims"]
 
 
-def test_parse_yaml_reads_signed_exponents_as_numbers_and_commits_and_dates_as_text():
-    content = parse_yaml("{a: 1e-3, b: -2.5E+4, c: 12e4567, d: 1e3, e: '1e-3', g: True, h: 2026-11-28}")
-    assert content == {
-        "a": 1e-3, "b": -2.5e4, "c": "12e4567", "d": "1e3", "e": "1e-3", "g": True, "h": "2026-11-28"
-    }  # fmt: skip
+def test_parse_yaml_reads_the_numbers_and_words_of_yaml_1_2_and_all_else_as_text():
+    values = parse_yaml("[1e-3, -2.5E+4, .5, 2., -7, 0, True, false, ~, null, ]")
+    assert values == [1e-3, -2.5e4, 0.5, 2.0, -7, 0, True, False, None, None]
+    texts = ["12e4567", "1e3", "'1e-3'", "2026-11-28", "010", "0x1f", "1:30", "2024_01", "no", "off", ".inf"]
+    assert parse_yaml(f"[{', '.join(texts)}]") == [text.strip("'") for text in texts]
+    assert parse_yaml("{a: &x {b: 1}, c: {<<: *x}, d: }") == {"a": {"b": 1}, "c": {"b": 1}, "d": None}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -96,8 +96,9 @@ def test_missing_predictions_of_a_finished_run_are_made_and_what_they_replace_is
     assert folder_of(asked, tmp_path).state() == folder_of(arguments, tmp_path).state() == "finished"
     edit(tmp_path / "glue/cola/test.jsonl", *FLIP)
     assert folder_of(asked, tmp_path).state() == "resume"
-    for name in ("model", "adapter", "predictions"):
+    for name in ("model", "adapter"):
         (tmp_path / "run" / name).mkdir()
+    (tmp_path / "run/predictions").symlink_to(tmp_path / "glue")  # on another disk
     (tmp_path / "run/adapter/adapter_model.safetensors").touch()  # half an adapter: its configuration is written last
     folder_of(asked, tmp_path).clean("resume")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "results.json"}  # no older test file's
@@ -111,7 +112,10 @@ def test_which_folders_a_run_may_write_to(arguments, tmp_path):
         with pytest.raises(UsageError, match="in use by another run"):
             folder_of(arguments, tmp_path, overwrite=True).hold().__enter__()
     assert not run.exists()  # nothing was written to it
-    (run / "log").mkdir(parents=True)
+    (run / "model").mkdir(parents=True)  # all that there is if a run was killed before its first record
+    with folder.hold() as state:
+        assert state == "new"
+    (run / "log").mkdir()
     (run / ".results.json.x1").write_text("{")
     assert folder.state() == "new"
     (run / "model").mkdir()

@@ -89,6 +89,15 @@ def test_log_has_the_lines_and_warnings_of_its_block_only(tmp_path, capsys, capl
     assert capsys.readouterr().out == "before\na line\nafter\nmore\n"
 
 
+def test_line_reaches_the_log_if_nobody_reads_the_console_and_another_programs_rank_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "8")  # without WORLD_SIZE
+    monkeypatch.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError))
+    monkeypatch.setattr("nlu.runs.log.discard_output", discarded := mock.Mock())
+    with log_to(tmp_path / "log" / "run.log"):
+        say("a line")
+    assert (tmp_path / "log/run.log").read_text().endswith("\na line\n") and discarded.called
+
+
 def test_first_of_equal_scores_is_the_best():
     rows = [{"step": step, "accuracy": score} for step, score in ((2, 0.4), (4, 0.5), (6, 0.5))]
     assert best_and_last([*rows, {"step": 7, "loss": 0.1}], "accuracy") == (0.5, 4, 0.5)

@@ -224,10 +224,11 @@ def test_row_that_lacks_a_task_has_no_average():
     assert list(score_frame(runs, Question("", "")).average.fillna(0)) == pytest.approx([55, 0])
 
 
-def test_equal_runs_are_refused(tmp_path):
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_equal_runs_are_refused(status, tmp_path):
     run = line("LoRA", "cola", 1, [0.1])
     with pytest.raises(UsageError, match=r"a.jsonl has LoRA on cola with seed 1 twice"):
-        load_measured(write(tmp_path, "a", [run, run | {"run": "another"}]))
+        load_measured(write(tmp_path, "a", [run, run | {"run": "another", "status": status}]))
 
 
 def test_seeds_with_other_settings_or_data_are_not_averaged():
