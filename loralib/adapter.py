@@ -325,9 +325,9 @@ def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
 
 @torch.no_grad()
 def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write the live singular values and their part of the factors; pruned singular values become 0 unless their column
-    of B is 0, as at SoRA's start: both could never grow. If a layer's scaling is not the adapter's, e (for LoRA: B) is
-    rescaled, so that ΔW is the adapter's."""
+    """Write the live singular values and their part of the factors. Pruned singular values become 0. Where their column
+    of B is 0 (SoRA's start), they keep their values: if both were 0, neither could grow. If a layer's scaling is not
+    the adapter's, e (for LoRA: B) is rescaled, so that ΔW is the adapter's."""
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
         if layer.lora_E is not None:
@@ -335,7 +335,7 @@ def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, t
         if live:
             layer.scatter(live, [tensors[factor] for factor in _named_factors(name, layer)])
             amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
-            amplitude.mul_(group.lora_alpha / layer.lora_alpha)
+            amplitude[..., live] *= group.lora_alpha / layer.lora_alpha
 
 
 # ---- a warm start ---------------------------------------------------------------------------------------------------
@@ -346,7 +346,8 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
 
     ΔW is then the adapter's. If lora_alpha differs, the singular values (for LoRA: B) are rescaled to make up for it.
     Pruned singular values become 0 and keep the factors of the model's own layers (after ``inject``: random ones), so
-    that they can grow again. The head and the ``requires_grad`` flags are not changed.
+    that they can grow again. Those whose column of B is 0 keep their values instead (SoRA). The head and the
+    ``requires_grad`` flags are not changed.
 
     Args:
         model: after :func:`loralib.inject`, with the adapter's modules, kind of layers, rank and widths.

@@ -90,7 +90,7 @@ class LowRankTraining:
         return compute_orth_regu(self.model, self.regu_weight, self.terms, self.squared)
 
     def step(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
-        """One optimiser step: :meth:`before_step`, ``optimizer.step()`` and :meth:`after_step`.
+        """One optimiser step: :func:`unscale`, :meth:`before_step`, ``optimizer.step()`` and :meth:`after_step`.
 
         Call it once the gradients are complete and clipped, and before they are cleared. Like ``optimizer.step()``, it
         does nothing for an optimiser that accelerate has prepared while ``accelerator.accumulate`` gathers gradients.
@@ -197,10 +197,11 @@ def unscale(optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
     Args:
         scaler: by default that of an optimiser that accelerate has prepared.
     """
-    scaler = getattr(optimizer, "scaler", None) if scaler is None else scaler
+    if scaler is None:
+        scaler, optimizer = getattr(optimizer, "scaler", None), getattr(optimizer, "optimizer", optimizer)
     if scaler is not None:
         with contextlib.suppress(RuntimeError):  # they are unscaled already
-            scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
+            scaler.unscale_(optimizer)
 
 
 def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], factors: Iterable[nn.Parameter]) -> None:

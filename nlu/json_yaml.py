@@ -49,8 +49,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# The values of YAML 1.2: in 1.1 `no` is false, 010 is 8, 1:30 is 90, 2024_01 is 202401, and 1e-3 is text. All else is
-# text, as on the command line: also a date, and 12e45, which may be a commit.
+# Null, true, false and decimal numbers. All else is text, as on the command line. YAML 1.1 reads `no` as false, 010 as
+# 8, 1:30 as 90, 2024_01 as 202401, and 1e-3 as text; 12e45 may be a commit.
 _VALUES = {
     "null": ("~|null|Null|NULL|", [*"~nN", ""]),
     "bool": ("true|True|TRUE|false|False|FALSE", list("tTfF")),

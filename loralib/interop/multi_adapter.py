@@ -28,9 +28,9 @@ _TURNS = threading.RLock()  # held while the active adapter changes
 class MultiAdapter:
     """Holds adapters for the plain base ``model``, for inference.
 
-    The layers and the head of the active adapter stand in the model in place of the base's, and its labels in the
-    model's ``config``, as after :func:`loralib.load_adapter`. With none active, and after :meth:`close`, the model is
-    the plain base again. ::
+    The layers and the head of the active adapter stand in the model in place of the base's, and its labels, problem
+    type and padding token in the model's ``config``, as after :func:`loralib.load_adapter`. With none active, and after
+    :meth:`close`, the model is the plain base again. ::
 
         adapters = MultiAdapter(model)
         adapters.load("similarity", folder_a)

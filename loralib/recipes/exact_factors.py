@@ -32,7 +32,7 @@ ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonor
 
 
 class ExactFactors:
-    """Keeps all trainable factors orthonormal along their smaller side.
+    """Keeps all trainable factors orthonormal along their smaller side. Call :meth:`start` if you unfreeze some later.
 
     Give it to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one batched
     product, and a factor that layers share is handled once. All work is done on the device. A frozen factor is left

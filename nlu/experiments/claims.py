@@ -7,8 +7,8 @@ questions:
     claims:                             # optional, written down before the runs; labels as tables print them
       - {label: LoRA², expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"; against: a row
     runs: 100                           # optional: nothing is shown until this many runs are finished; those that
-                                        # learned nothing count when they were repeated with seed + 100, and in a
-                                        # tuning on held-out rows every run that has ended counts
+                                        # learned nothing count when they were repeated with seed + 100 (plan no
+                                        # such seeds), and in a tuning every run that has ended counts
     pooled: true                        # optional: intervals use the standard deviation pooled over all rows
     test: [mrpc]                        # optional: tasks that are scored on their labelled test set
 """

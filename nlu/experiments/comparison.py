@@ -59,10 +59,10 @@ def write_comparison(
     text = "\n".join([markdown(table), "", answer(scores, frame), "", *notes, ""])
     write_text(folder / "comparison.md", text)
     write_text(folder / "comparison.csv", as_csv(scores))
-    print(f"\n{text}")  # last: a terminal without UTF-8 cannot show it
     tried = tuning_runs(as_frame(tuning))
     for drawing in draw(frame, scores, tried):
         write_bytes(folder / f"comparison_{drawing.kind}.png", drawing.png())
+    print(f"\n{text}")  # after the files: a terminal without UTF-8 cannot show it
     print(f"written: {folder}/comparison.md, its figures and comparison.csv")
 
 

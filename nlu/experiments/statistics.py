@@ -119,8 +119,7 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
 
 def _tell_apart(frame: pd.DataFrame) -> None:
     """Extend the labels of runs that share experiment, label and task by the settings that differ."""
-    runs = finished(frame)
-    for (experiment, label), own in runs.groupby(["experiment", "label"], sort=False):
+    for (experiment, label), own in frame.groupby(["experiment", "label"], sort=False):
         same = (frame.experiment == experiment) & (frame.label == label)
         for name in sorted({name for each in own.settings for name in each}):
             values = frame.settings[same].map(lambda each, name=name: str(each.get(name, DEFAULTS.get(name))))

@@ -19,7 +19,7 @@ def is_first() -> bool:
 
 def world_size() -> int:
     """The number of processes of this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def start_processes(use_cpu: bool) -> None:

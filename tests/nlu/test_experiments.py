@@ -16,7 +16,7 @@ from tests.nlu.sweeps import BASIC
 FILES = [path for path in sorted((ROOT / "configs/experiments").glob("*.yaml")) if path.stem != "claims"]
 
 
-def test_parse_yaml_reads_the_numbers_and_words_of_yaml_1_2_and_all_else_as_text():
+def test_parse_yaml_reads_null_booleans_and_decimal_numbers_and_all_else_as_text():
     values = parse_yaml("[1e-3, -2.5E+4, .5, 2., -7, 0, True, false, ~, null, ]")
     assert values == [1e-3, -2.5e4, 0.5, 2.0, -7, 0, True, False, None, None]
     texts = ["12e4567", "1e3", "'1e-3'", "2026-11-28", "010", "0x1f", "1:30", "2024_01", "no", "off", ".inf"]

@@ -235,8 +235,9 @@ def test_seeds_with_other_settings_or_data_are_not_averaged():
     def labels(*changes):
         return list(as_frame(line("LoRA", "cola", i, [0.1], **each) for i, each in enumerate(changes)).label)
 
-    rates = ({"arguments": {"learning_rate": rate, "seed": rate}} for rate in (1, 2))
-    assert labels(*rates) == ["LoRA, learning_rate=1", "LoRA, learning_rate=2"]
+    rates = [{"arguments": {"learning_rate": rate, "seed": rate}} for rate in (1, 2)]
+    for status in ("finished", "failed"):
+        assert labels(rates[0], rates[1] | {"status": status}) == ["LoRA, learning_rate=1", "LoRA, learning_rate=2"]
     for name in ("glue_dir", "model_name_or_path", "lora_path", "peft_config"):
         assert len(set(labels({"digests": {name: "a"}}, {"digests": {name: "b"}}))) == 2
     assert len(set(labels({"effective_batch_size": 8}, {"effective_batch_size": 32}))) == 2
