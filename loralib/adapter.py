@@ -302,14 +302,20 @@ def install(
     model.requires_grad_(False)
     for factor in factors_of(model):
         factor.requires_grad_(True)
-    for name, value in config.head_options().items() if hasattr(model, "config") else ():
-        setattr(model.config, name, value)
+    for place in config_places(model, config):
+        setattr(*place)
     state = model.state_dict(keep_vars=True)
     for name in config.head:
         with torch.no_grad():
             state[name].copy_(tensors[name])
         if isinstance(state[name], nn.Parameter):
             state[name].requires_grad_(True)
+
+
+def config_places(model: nn.Module, config: AdapterConfig) -> list[tuple[Any, str, Any]]:
+    """(configuration, attribute, value): what the adapter sets in the ``config`` of a transformers model."""
+    options = config.head_options() if hasattr(model, "config") else {}
+    return [(model.config, name, value) for name, value in options.items()]
 
 
 @torch.no_grad()

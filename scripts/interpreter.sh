@@ -1,4 +1,4 @@
-# Sourced by start_run.sh and gpu_check.sh: sets ROOT (the repository) and, unless the caller has set it, PYTHON (the interpreter).
+# Sourced by start_run.sh and gpu_check.sh: sets ROOT (the repository) and PYTHON (the interpreter, unless it is set).
 ROOT=$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=$ROOT/.venv/bin/python

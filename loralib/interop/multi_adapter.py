@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from loralib.adapter import check_base, fitting_layers, write_factors
+from loralib.adapter import check_base, config_places, fitting_layers, write_factors
 from loralib.adapter_folder import AdapterConfig, read_adapter
 from loralib.layers import LoRALayer
 from loralib.model import HOLDER, lora_layers, unwrapped
@@ -95,8 +95,7 @@ class MultiAdapter:
                 for attribute, value in values.items()
                 if id(value) in new
             ]
-            options = config.head_options().items() if hasattr(self.model, "config") else ()
-            self._adapters[name] += [(self.model.config, *option) for option in options]
+            self._adapters[name] += config_places(self.model, config)
             encoders = [module for module in self.model.modules() if isinstance(module, nn.TransformerEncoder)]
             self._adapters[name] += [(encoder, "use_nested_tensor", False) for encoder in encoders if layers]
             setattr(self.model, HOLDER, self)

@@ -119,12 +119,11 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
 
 def _tell_apart(frame: pd.DataFrame) -> None:
     """Extend the labels of runs that share experiment, label and task by the settings that differ."""
-    for (experiment, label), own in frame.groupby(["experiment", "label"], sort=False):
-        same = (frame.experiment == experiment) & (frame.label == label)
+    for _, own in frame.groupby(["experiment", "label"], sort=False):
         for name in sorted({name for each in own.settings for name in each}):
-            values = frame.settings[same].map(lambda each, name=name: str(each.get(name, DEFAULTS.get(name))))
-            if values[own.index].groupby(own.task).nunique().max() > 1:
-                frame.loc[same, "label"] += values.map(lambda value, name=name: f", {name}={value}")
+            values = own.settings.map(lambda each, name=name: str(each.get(name, DEFAULTS.get(name))))
+            if values.groupby(own.task).nunique().max() > 1:
+                frame.loc[own.index, "label"] += values.map(lambda value, name=name: f", {name}={value}")
     twice = frame[frame.duplicated(["experiment", "label", "task", "seed"])]
     if len(twice):
         message = (
