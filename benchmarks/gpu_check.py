@@ -252,7 +252,8 @@ def run_checks(out: Path) -> list[dict[str, Any]]:
     """Run every check, within :data:`SECONDS` in total, and write the results so far after each."""
     started, results = time.monotonic(), []
     shares = [seconds for _, seconds in CHECKS.values()]
-    record = {"started_at": now(), "commit": COMMIT, "machine": machine(), "versions": versions(), "results": results}
+    record = {"started_at": now(), "commit": COMMIT, "versions": versions(), "results": results}
+    record["machine"] = machine(torch.device(DEVICE))
     for i, name in enumerate(CHECKS):
         left = started + SECONDS - time.monotonic() - sum(shares[i + 1 :])
         print(f"{name}: at most {left:.0f} s", flush=True)

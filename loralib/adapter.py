@@ -313,9 +313,12 @@ def install(
 
 
 def config_places(model: nn.Module, config: AdapterConfig) -> list[tuple[Any, str, Any]]:
-    """(configuration, attribute, value): what the adapter sets in the ``config`` of a transformers model."""
+    """(owner, attribute, value): what the adapter sets in a transformers model and in its ``config``."""
     options = config.head_options() if hasattr(model, "config") else {}
-    return [(model.config, name, value) for name, value in options.items()]
+    places: list[tuple[Any, str, Any]] = [(model.config, name, value) for name, value in options.items()]
+    if options and hasattr(model, "num_labels"):  # the model's loss reads this one
+        places.append((model, "num_labels", len(options["id2label"])))
+    return places
 
 
 @torch.no_grad()
@@ -341,7 +344,8 @@ def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, t
         if live:
             layer.scatter(live, [tensors[factor] for factor in _named_factors(name, layer)])
             amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
-            amplitude[..., live] *= group.lora_alpha / layer.lora_alpha
+            if group.lora_alpha != layer.lora_alpha:
+                amplitude[..., live] *= group.lora_alpha / layer.lora_alpha
 
 
 # ---- a warm start ---------------------------------------------------------------------------------------------------

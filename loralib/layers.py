@@ -128,7 +128,7 @@ class LoRALayer(nn.Linear):
         check_whole_number("r", r)
         for k in self.widths:
             check_whole_number("a width (k)", k)
-        check_number("lora_alpha", lora_alpha, lambda alpha: 0 < alpha < math.inf, "a positive number")
+        check_number("lora_alpha", lora_alpha, math.isfinite, "a finite number")
         check_number("lora_dropout", lora_dropout, lambda p: 0 <= p < 1, "a number in [0, 1)")
         check_choice("init", init, INITS)
         self.lora_alpha, self.init = float(lora_alpha), init
@@ -219,7 +219,8 @@ class LoRALayer(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """s. To change the strength of the update, set ``lora_alpha``, which is saved with the adapter."""
+        """s. To change the strength of the update, set ``lora_alpha`` to any number (negative: subtract the update).
+        It is saved with the adapter, but not by peft: there, multiply e."""
         return self.lora_alpha / self.initial_r
 
     def folded_core(self) -> Tensor | float:

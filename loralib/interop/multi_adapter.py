@@ -30,7 +30,7 @@ class MultiAdapter:
 
     The layers and the head of the active adapter stand in the model in place of the base's, and its labels, problem
     type and padding token in the model's ``config``, as after :func:`loralib.load_adapter`. With none active, and after
-    :meth:`close`, the model is the plain base again. ::
+    :meth:`close`, the model is the plain base again. Move or cast the base before you load adapters. ::
 
         adapters = MultiAdapter(model)
         adapters.load("similarity", folder_a)
@@ -151,9 +151,8 @@ class MultiAdapter:
         """Call the model on a batch whose rows each have their own adapter.
 
         The model is called once for each adapter, on the rows that use it, and the outputs are joined row by row, also
-        inside containers. A cache needs one adapter for all rows. Leave labels out: the model computes a loss for the
-        base's number of labels. Calls of this method from several threads take turns; a plain call of the model at the
-        same time would use their adapter.
+        inside containers. A loss or a cache needs one adapter for all rows. Calls of this method from several threads
+        take turns; a plain call of the model at the same time would use their adapter.
 
         Args:
             adapters: for each row the name of an adapter, or None for the base alone.

@@ -118,7 +118,7 @@ def make_orthonormal(model: nn.Module) -> None:
                 "was trained with exact factors and not pruned"
             )
     for factor in replaced.values():
-        u, _, v = torch.linalg.svd(factor.detach().double(), full_matrices=False)
+        u, _, v = torch.linalg.svd(factor.detach().cpu().double(), full_matrices=False)
         factor.data.copy_(u @ v)  # the polar factor
 
 
@@ -148,7 +148,7 @@ def _compose(root: Tensor | None, change: Tensor) -> Tensor:
 
 
 def deviations(factors: Iterable[Tensor]) -> Tensor:
-    """‖Gram − I‖_F of every factor, on its smaller side; (n,) float64, on the first one's device."""
-    grams = [x.T @ x if x.shape[0] > x.shape[1] else x @ x.T for x in (f.detach().double() for f in factors)]
-    norms = [torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]
-    return torch.stack([norm.to(norms[0].device) for norm in norms])
+    """‖Gram − I‖_F of every factor, on its smaller side; (n,) float64 on the CPU: Apple's GPU has no float64."""
+    wide = (factor.detach().cpu().double() for factor in factors)
+    grams = [x.T @ x if x.shape[0] > x.shape[1] else x @ x.T for x in wide]
+    return torch.stack([torch.linalg.matrix_norm(gram - torch.eye(len(gram))) for gram in grams])

@@ -69,7 +69,7 @@ class RunFolder:
             finally:
                 self._remove_empty_model()
                 if made and [path.name for path in self.path.iterdir()] == [LOCK]:
-                    shutil.rmtree(self.path)
+                    shutil.rmtree(self.path, ignore_errors=True)  # some file systems keep the open lock
 
     def _remove_empty_model(self) -> None:
         """The Trainer makes it before all arguments are checked."""

@@ -51,25 +51,25 @@ def processor() -> str:
     return next(named, platform.processor()) or platform.machine()
 
 
-def machine() -> dict[str, Any]:
-    """The system, CPU, number of threads and device of the run."""
+def machine(device: torch.device) -> dict[str, Any]:
+    """The system, CPU and number of threads, and the name of the device on which a run computes."""
     described: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
         "cpu": processor(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "device": "cpu",
+        "device": device.type,
     }
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         described["device"] = torch.cuda.get_device_name()
         described["device_count"] = torch.cuda.device_count()
     return described
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of the CUDA device if there is one, else of this process; 0 if the system does not report it."""
-    if torch.cuda.is_available():
+    """Peak memory of the CUDA device if it is in use, else of this process; 0 if the system does not report it."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     try:
         import resource

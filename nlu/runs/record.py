@@ -39,7 +39,7 @@ class RunRecord(TrainerCallback):
         self.error: str | None = None
         self._last_write = 0.0
         self._peak_before = previous["peak_memory_bytes"] if previous else 0  # of the processes that stopped
-        self._environment = {"versions": versions(), "git_commit": COMMIT, "machine": machine()}  # of this process
+        self._environment = {"versions": versions(), "git_commit": COMMIT, "machine": machine(trainer.args.device)}
         task, ranks = trainer.task, trainer.applied.ranks
         self.fields = {
             "task": task.name,

@@ -46,7 +46,10 @@ def test_switching_and_mixing_adapters_do_not_change_the_base(three):
     for name in ("lora", "lora2", "wide", "lora"):
         adapters.activate(name)
         assert adapters.active == name and (base.config.id2label[0] == "low") == (name == "wide")
-        torch.testing.assert_close(base(IDS).logits, three[name][1], atol=2e-6, rtol=1e-5)
+        classes = torch.ones(len(IDS), dtype=torch.long)
+        out, logits = base(IDS, labels=classes), three[name][1]
+        torch.testing.assert_close(out.logits, logits, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, classes))
     adapters.activate(None)
 
     mixed = adapters.run(["wide", "lora2"] * 6, input_ids=IDS).logits
