@@ -106,6 +106,7 @@ class Arguments(SimpleNamespace):
         method, method_config: the base method, and the name of its file in configs/methods/.
         world_size: the number of processes, from the launcher.
         values: the value of every flag by name, and ``method_config``, in types that JSON can hold; they never change.
+        command: the command of the run.
     """
 
 

@@ -11,7 +11,7 @@ import copy
 import functools
 import json
 import logging
-import sys
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         data = f"glue/{model}/{args.task_name}" if args.task_name else f"own/{model}/{Path(args.train_file).stem}"
         args.root_output_dir = f"output/{data}/{config}/seed-{args.seed}"
     args.values = {name: getattr(args, name) for name in (*DEFAULTS, "method_config")}
+    args.command = shlex.join(["python", "nlu/run_glue.py", *argv])
     return args
 
 
@@ -154,11 +155,6 @@ def published_settings(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     for layer in layers:
         merged |= layer.get(method, {})
     return read_flags(as_words(merged, path))
-
-
-def given_command() -> str:
-    """The command as given, for the record."""
-    return " ".join(["python", *sys.argv])
 
 
 def fit_schedule(arguments: Arguments, total_steps: int) -> Arguments:

@@ -73,7 +73,12 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, data: Data, hel
         if arguments.measured_dir:  # one that cannot be made shows now, not after the training
             Path(arguments.measured_dir).mkdir(parents=True, exist_ok=True)
         folder.clean(state)
-        held.enter_context(log_to(folder.path / "log" / "run.log"))
+        held.enter_context(log_to(folder.path / "log" / "run.log", arguments.command))
+        if arguments.report_to == "wandb":
+            import wandb
+
+            if wandb.run is None:  # the next run of this process is not to write into this one's
+                held.callback(wandb.finish)
     wait_for_all()
     for line in description_lines(trainer.task, facts["data"], trainer.processing_class.model_max_length):
         say(line)

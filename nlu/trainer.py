@@ -22,7 +22,6 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -128,8 +127,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         )
         device = self.args.device
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
-        for shown in (ProgressCallback, PrinterCallback):  # the run prints lines of its own
-            self.remove_callback(shown)
+        os.environ.pop("TENSORBOARD_LOGGING_DIR")  # the callback has read it
+        self.remove_callback(PrinterCallback)  # the run prints lines of its own
         self.add_callback(self.clock)
         if applied.gates is not None:
             self.add_callback(applied.gates)
@@ -347,6 +346,7 @@ def trainer_arguments(arguments: Arguments, metric: str) -> TrainingArguments:
         "metric_for_best_model": f"eval_{metric}",
         "greater_is_better": True,
         "push_to_hub": False,  # the run uploads its adapter itself
+        "disable_tqdm": True,  # the run prints lines of its own
     }
     if not values["gradient_checkpointing"]:  # newer transformers renamed it, and warn even if it is given as False
         del values["gradient_checkpointing"]

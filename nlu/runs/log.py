@@ -14,7 +14,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from nlu.command_line import given_command
 from nlu.errors import discard_output
 from nlu.runs.machine import now, peak_memory_bytes
 from nlu.runs.processes import is_first
@@ -36,8 +35,9 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Append to a file the run's lines, transformers' log messages, and the traceback of an error in the block.
+def log_to(path: Path, command: str) -> Iterator[None]:
+    """Append to a file the command, the run's lines, transformers' log messages, and the traceback of an error in the
+    block. Warnings go to stderr too, but not to the root logger, whose handlers would print every line again.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -45,11 +45,12 @@ def log_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8", errors="replace")
     own, level, theirs = logger, logger.level, logging.getLogger("transformers")
-    handlers = [(own, file), (theirs, file)] + ([] if own.hasHandlers() else [(own, logging.lastResort)])
+    handlers = [(own, file), (theirs, file), (own, logging.lastResort)]
     for each, handler in handlers:
         each.addHandler(handler)
+    own.propagate = False
     own.setLevel(logging.INFO)
-    logger.info("---- %s %s", now(), given_command())
+    logger.info("---- %s %s", now(), command)
     try:
         yield
     except BaseException:
@@ -58,6 +59,7 @@ def log_to(path: Path) -> Iterator[None]:
     finally:
         for each, handler in handlers:
             each.removeHandler(handler)
+        own.propagate = True
         own.setLevel(level)
         file.close()
 

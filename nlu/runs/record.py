@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 
 from loralib import lora_layers
 from loralib.injection import module_type
-from nlu.command_line import given_command
 from nlu.data.batching import effective_batch_size
 from nlu.json_yaml import finite
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
@@ -53,7 +52,7 @@ class RunRecord(TrainerCallback):
             "final_budget": ranks.target_total_rank if ranks else None,
             "effective_batch_size": effective_batch_size(arguments),
             "arguments": arguments.values,
-            "command": given_command(),
+            "command": arguments.command,
             **facts,
             **count_parameters(trainer.applied.model),
             "started_at": now(),

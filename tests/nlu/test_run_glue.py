@@ -35,6 +35,7 @@ def test_run_writes_a_complete_record(finished, encoder):
     assert record["steps"] == 6 and len(record["history"]) == 6
     assert [row["budget"] for row in record["history"]][-1] == 24
     assert record["effective_batch_size"] == 8
+    assert record["command"].startswith("python nlu/run_glue.py --model_name_or_path ")  # not pytest's
     assert record["peak_memory_bytes"] > 1e6 and record["versions"]["torch"] == torch.__version__
     assert record["arguments"]["lora_k"] == 3 and record["arguments"]["learning_rate"] == 1e-2
     assert f"trains {record['adapter_params']:,} parameters in the encoder" in printed and "best" in printed

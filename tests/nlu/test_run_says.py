@@ -73,17 +73,19 @@ def test_log_has_the_lines_and_warnings_of_its_block_only(tmp_path, capsys, capl
     caplog.set_level(logging.WARNING, "transformers")  # whatever an earlier test has set
     path = tmp_path / "log" / "run.log"
     say("before")
-    with pytest.raises(KeyError), log_to(path):
+    with pytest.raises(KeyError), log_to(path, "the command"):
         say("a line")
         logging.getLogger("nlu.data").warning("a warning")
+        assert not caplog.messages  # the root's handlers print nothing again
         logging.getLogger("transformers.trainer").warning("theirs")
         raise KeyError("end")
     say("after")
     first = path.read_text()
-    with log_to(path):  # the run resumes
+    with log_to(path, "the command"):  # the run resumes
         say("more")
     assert path.read_text().startswith(first + "---- ") and path.read_text().endswith("\nmore\n")
     lines = first.splitlines()
+    assert lines[0].endswith(" the command")
     assert lines[1:4] == ["a line", "a warning", "theirs"] and "KeyError: 'end'" in lines
     assert "before" not in lines and "after" not in lines
     assert capsys.readouterr().out == "before\na line\nafter\nmore\n"
@@ -93,7 +95,7 @@ def test_line_reaches_the_log_if_nobody_reads_the_console_and_another_programs_r
     monkeypatch.setenv("RANK", "8")  # without WORLD_SIZE
     monkeypatch.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError))
     monkeypatch.setattr("nlu.runs.log.discard_output", discarded := mock.Mock())
-    with log_to(tmp_path / "log" / "run.log"):
+    with log_to(tmp_path / "log" / "run.log", "the command"):
         say("a line")
     assert (tmp_path / "log/run.log").read_text().endswith("\na line\n") and discarded.called
 
