@@ -316,7 +316,7 @@ def config_places(model: nn.Module, config: AdapterConfig) -> list[tuple[Any, st
     """(owner, attribute, value): what the adapter sets in a transformers model and in its ``config``."""
     options = config.head_options() if hasattr(model, "config") else {}
     places: list[tuple[Any, str, Any]] = [(model.config, name, value) for name, value in options.items()]
-    if options and hasattr(model, "num_labels"):  # the model's loss reads this one
+    if options and getattr(model, "num_labels", 0) == getattr(model.config, "num_labels", None):  # its loss reads it
         places.append((model, "num_labels", len(options["id2label"])))
     return places
 
@@ -344,8 +344,7 @@ def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, t
         if live:
             layer.scatter(live, [tensors[factor] for factor in _named_factors(name, layer)])
             amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
-            if group.lora_alpha != layer.lora_alpha:
-                amplitude[..., live] *= group.lora_alpha / layer.lora_alpha
+            amplitude[..., live] *= group.lora_alpha / layer.lora_alpha
 
 
 # ---- a warm start ---------------------------------------------------------------------------------------------------

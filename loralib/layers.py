@@ -128,7 +128,7 @@ class LoRALayer(nn.Linear):
         check_whole_number("r", r)
         for k in self.widths:
             check_whole_number("a width (k)", k)
-        check_number("lora_alpha", lora_alpha, math.isfinite, "a finite number")
+        check_number("lora_alpha", lora_alpha, lambda alpha: 0 < abs(alpha) < math.inf, "a number other than 0")
         check_number("lora_dropout", lora_dropout, lambda p: 0 <= p < 1, "a number in [0, 1)")
         check_choice("init", init, INITS)
         self.lora_alpha, self.init = float(lora_alpha), init
@@ -219,7 +219,7 @@ class LoRALayer(nn.Linear):
 
     @property
     def scaling(self) -> float:
-        """s. To change the strength of the update, set ``lora_alpha`` to any number (negative: subtract the update).
+        """s. To change the strength of the update, set ``lora_alpha`` to any number but 0 (negative: subtract it).
         It is saved with the adapter, but not by peft: there, multiply e."""
         return self.lora_alpha / self.initial_r
 

@@ -78,7 +78,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, data: Data, hel
             import wandb
 
             if wandb.run is None:  # the next run of this process is not to write into this one's
-                held.callback(wandb.finish)
+                held.push(lambda error, *_: wandb.finish(exit_code=int(error is not None)))
     wait_for_all()
     for line in description_lines(trainer.task, facts["data"], trainer.processing_class.model_max_length):
         say(line)

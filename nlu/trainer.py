@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import fields
@@ -26,6 +25,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )  # fmt: skip
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralib.recipes.trainer import LowRankTrainerMixin
@@ -111,7 +111,6 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         patience, threshold = arguments.early_stopping_patience, arguments.early_stopping_threshold
         if patience is not None:
             callbacks.append(EarlyStoppingCallback(patience, threshold))
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(training.output_dir).parent / "log")  # not an earlier run's
         super().__init__(
             model=applied.model,
             low_rank=applied.low_rank,
@@ -127,8 +126,10 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         )
         device = self.args.device
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
-        os.environ.pop("TENSORBOARD_LOGGING_DIR")  # the callback has read it
         self.remove_callback(PrinterCallback)  # the run prints lines of its own
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = str(Path(training.output_dir).parent / "log")
         self.add_callback(self.clock)
         if applied.gates is not None:
             self.add_callback(applied.gates)

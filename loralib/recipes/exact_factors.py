@@ -151,4 +151,4 @@ def deviations(factors: Iterable[Tensor]) -> Tensor:
     """‖Gram − I‖_F of every factor, on its smaller side; (n,) float64 on the CPU: Apple's GPU has no float64."""
     wide = (factor.detach().cpu().double() for factor in factors)
     grams = [x.T @ x if x.shape[0] > x.shape[1] else x @ x.T for x in wide]
-    return torch.stack([torch.linalg.matrix_norm(gram - torch.eye(len(gram))) for gram in grams])
+    return torch.stack([torch.linalg.matrix_norm(gram - torch.eye(len(gram), device="cpu")) for gram in grams])

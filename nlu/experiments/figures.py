@@ -67,6 +67,8 @@ def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> lis
     final = finished(every)
     styles = dict(zip(dict.fromkeys(every.label), cycle(STYLES), strict=False))
     with matplotlib.rc_context(STYLE):
+        if len(tuning) and held_out(every).all():  # every run only tries a learning rate
+            return [_rates(tuning)]
         drawn = _differences(scores, final), _rates(tuning), _curves(final, styles), _ranks(final)
     return [drawing for drawing in drawn if drawing is not None]
 

@@ -18,7 +18,9 @@ from nlu.errors import discard_output
 from nlu.runs.machine import now, peak_memory_bytes
 from nlu.runs.processes import is_first
 
-logger = logging.getLogger("nlu")
+_file_only = logging.getLogger("nlu.file_only")  # for what the console shows in another form
+_file_only.setLevel(logging.INFO)
+_file_only.propagate = False
 
 _FIRST_LINE = 5  # steps, after which a line is printed even if the first logging step comes much later
 _SILENCE = 20.0  # seconds: the longest time without a line during an evaluation
@@ -27,7 +29,7 @@ _SILENCE = 20.0  # seconds: the longest time without a line during an evaluation
 def say(text: str) -> None:
     """Print a line for people on the console, and write it to the log; the first process speaks for all."""
     if is_first():
-        logger.info(text)
+        _file_only.info(text)
         try:
             print(text, flush=True)
         except BrokenPipeError:  # Ctrl-C ends `tee` too: the run still saves its step
@@ -36,31 +38,28 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def log_to(path: Path, command: str) -> Iterator[None]:
-    """Append to a file the command, the run's lines, transformers' log messages, and the traceback of an error in the
-    block. Warnings go to stderr too, but not to the root logger, whose handlers would print every line again.
+    """Append to a file the command, the run's lines, the log messages of nlu and transformers, and the traceback of an
+    error in the block.
 
     Raises:
         OSError: if the file cannot be opened.
     """
     path.parent.mkdir(exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8", errors="replace")
-    own, level, theirs = logger, logger.level, logging.getLogger("transformers")
-    handlers = [(own, file), (theirs, file), (own, logging.lastResort)]
+    own, theirs = logging.getLogger("nlu"), logging.getLogger("transformers")
+    handlers = [] if own.hasHandlers() else [(own, logging.lastResort)]
+    handlers += [(_file_only, file), (own, file), (theirs, file)]
     for each, handler in handlers:
         each.addHandler(handler)
-    own.propagate = False
-    own.setLevel(logging.INFO)
-    logger.info("---- %s %s", now(), command)
+    _file_only.info("---- %s %s", now(), command)
     try:
         yield
     except BaseException:
-        logger.info(traceback.format_exc())
+        _file_only.info(traceback.format_exc())
         raise
     finally:
         for each, handler in handlers:
             each.removeHandler(handler)
-        own.propagate = True
-        own.setLevel(level)
         file.close()
 
 
@@ -95,7 +94,7 @@ class ProgressLines(TrainerCallback):
         self.batches %= total
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        logger.info("step %s %s", state.global_step, json.dumps(logs))
+        _file_only.info("step %s %s", state.global_step, json.dumps(logs))
         if "loss" in logs:
             self.loss = logs["loss"]
         elif f"eval_{self.metric}" in logs:

@@ -69,8 +69,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 def peak_memory_bytes() -> int:
     """Peak memory of the CUDA device if it is in use, else of this process; 0 if the system does not report it."""
-    if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+    if peak := torch.cuda.max_memory_allocated():  # 0 without CUDA
+        return peak
     try:
         import resource
     except ImportError:  # not a Unix

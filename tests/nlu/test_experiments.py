@@ -9,6 +9,8 @@ from nlu import ROOT, sweep
 from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.records import comparable, label_of
+from nlu.experiments.statistics import load_measured
+from nlu.experiments.tables import tuning_frame
 from nlu.json_yaml import parse_yaml, read_json
 from nlu.methods.registry import METHODS
 from tests.nlu.sweeps import BASIC
@@ -22,6 +24,14 @@ def test_parse_yaml_reads_null_booleans_and_decimal_numbers_and_all_else_as_text
     texts = ["12e4567", "1e3", "'1e-3'", "2026-11-28", "010", "0x1f", "1:30", "2024_01", "no", "off", ".inf"]
     assert parse_yaml(f"[{', '.join(texts)}]") == [text.strip("'") for text in texts]
     assert parse_yaml("{a: &x {b: 1}, c: {<<: *x}, d: }") == {"a": {"b": 1}, "c": {"b": 1}, "d": None}
+
+
+def test_finals_of_the_base_size_have_the_learning_rates_that_its_tuning_gives():
+    runs = load_measured(ROOT / "results/measured")
+    tuning = tuning_frame(runs[runs.experiment == "base_tuning"])
+    finals = load_experiment(ROOT / "configs/experiments/base.yaml", {"model_name_or_path": "encoder"}).runs
+    chosen = tuning[tuning.chosen].set_index("row").value
+    assert {run.axes["row"]: run.arguments["learning_rate"] for run in finals} == dict(chosen)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
