@@ -35,8 +35,8 @@ class ExactFactors:
     """Keeps all trainable factors orthonormal along their smaller side. Call :meth:`start` if you unfreeze some later.
 
     Give it to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one batched
-    product, and a factor that layers share is handled once. All work is done on the device. A frozen factor is left
-    alone, whether or not its layer's e is trainable.
+    product, and a factor that layers share is handled once. The work of a step is done on the device. A frozen factor
+    is left alone, whether or not its layer's e is trainable.
 
     Args:
         model: has layers with singular values (AdaLoRA, LoRA², multi-scale); :func:`make_orthonormal` is called for

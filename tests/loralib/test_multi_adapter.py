@@ -64,6 +64,13 @@ def test_switching_and_mixing_adapters_do_not_change_the_base(three):
     assert torch.equal(base(IDS).logits, bare)
 
 
+def test_number_of_labels_that_is_not_the_configs_is_kept(three):
+    model = encoder()
+    model.num_labels = 5  # a class with a head of its own, beside the encoder's config
+    loralib.load_adapter(model, three["lora"][0])
+    assert model.num_labels == 5 and model.config.num_labels == 2
+
+
 def test_names_and_the_base_are_checked(three):
     adapters, other = MultiAdapter(encoder()), encoder()
     adapters.load("lora", three["lora"][0])
