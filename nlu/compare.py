@@ -103,39 +103,34 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
     notes = [f"Not alike: {warning}." for warning in warnings]
     code, tried = 0, []
     if tuning is not None:
-        code, tried, final = _tune(tuning, final, labels, args)
+        code, tried = _run(tuning, args)
         if code > 1:  # stopped
             return code
-        notes += _about_rates(tuning, final, labels)
+        rates = _chosen_rates(tuning, tried, labels)
+        notes += _about_rates(tuning, rates, labels)
+        runs = [run for run in final.runs if run.axes["method"] in rates]
+        runs = [replace(run, arguments=run.arguments | {"learning_rate": rates[run.axes["method"]]}) for run in runs]
+        final = replace(final, runs=runs)
     final_code, lines = _run(final, args)
     scales = {label: shapes[spec].scale for spec, label in labels.items()}
     write_comparison(lines, tried, scales, notes, args.output_dir / final.name)
     return max(code, final_code)
 
 
-def _tune(
-    tuning: Experiment, final: Experiment, labels: dict[str, str], args: argparse.Namespace
-) -> tuple[int, list[dict[str, Any]], Experiment]:
-    """Run the tuning; returns its exit code and lines, and the comparison with the chosen rates."""
+def _chosen_rates(tuning: Experiment, lines: list[dict[str, Any]], labels: dict[str, str]) -> dict[str, float]:
+    """Method → the learning rate that its tuning chose; prints the methods without one, which get no final runs."""
     from nlu.experiments.comparison import chosen_rates
 
-    code, lines = _run(tuning, args)
-    if code > 1:
-        return code, lines, final
-    rates, ended = chosen_rates(lines), {line["run"] for line in lines}
+    of_label, ended = chosen_rates(lines), {line["run"] for line in lines}
     waiting = {run.axes["method"] for run in tuning.runs if run.name not in ended}
-    chosen = {spec: rates[label] for spec, label in labels.items() if label in rates and spec not in waiting}
+    chosen = {spec: of_label[label] for spec, label in labels.items() if label in of_label and spec not in waiting}
     for spec in [spec for spec in labels if spec not in chosen]:
         print(f"failed: {spec} has no final runs: runs of its tuning have not ended, or all crashed", file=sys.stderr)
-        code = 1
-    runs = [run for run in final.runs if run.axes["method"] in chosen]
-    runs = [replace(run, arguments=run.arguments | {"learning_rate": chosen[run.axes["method"]]}) for run in runs]
-    return code, lines, replace(final, runs=runs)
+    return chosen
 
 
-def _about_rates(tuning: Experiment, final: Experiment, labels: dict[str, str]) -> list[str]:
+def _about_rates(tuning: Experiment, chosen: dict[str, float], labels: dict[str, str]) -> list[str]:
     """Notes: the chosen rates, and the methods for which a better one may lie beyond those tried."""
-    chosen = {run.axes["method"]: run.arguments["learning_rate"] for run in final.runs}
     rates = ", ".join(f"{labels[spec]} {rate:g}" for spec, rate in chosen.items())
     notes = [f"Learning rates chosen by the held-out score: {rates}."]
     at_an_end = []

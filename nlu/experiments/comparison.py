@@ -23,9 +23,8 @@ def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
     table = tuning_frame(as_frame(tuning))
     if not len(table):
         return {}
-    scored = table[table.chosen | ~table.row.isin(table[table.chosen].row) & table.z.notna()]
-    best = scored.loc[scored.groupby("row").z.idxmax()]
-    return dict(zip(best.row, best.value, strict=True))
+    best_first = table.dropna(subset="z").sort_values(["barred", "z"], ascending=[True, False])
+    return best_first.groupby("row").value.first().to_dict()
 
 
 def write_comparison(
@@ -49,8 +48,8 @@ def write_comparison(
     if not len(done):
         return
     scores = score_frame(frame, Question("", "comparison", against=(done.label.iloc[0],)))
-    scores["scale"] = [scales.get(label) for label in scores.row]
-    scores["seconds_per_step"] = [done[done.label == label].seconds_per_step.mean() for label in scores.row]
+    scores["scale"] = scores.row.map(scales)
+    scores["seconds_per_step"] = scores.row.map(done.groupby("label").seconds_per_step.mean())
     metric = next(line["metric"] for line in lines if line["status"] == "finished")
     notes = [f"- {note}" for note in [f"Score: {metric} of the final weights, in percent.", *advice(frame), *notes]]
     table = score_text(scores)
