@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -43,7 +44,7 @@ class Shape:
 
 def alike(one: float | None, other: float | None) -> bool:
     """Whether two sizes or scales differ by a tenth at most; an unknown value matches every other."""
-    return None in (one, other) or abs(one - other) <= CLOSE * max(one, other) + 1e-9
+    return None in (one, other) or math.isclose(one, other, rel_tol=CLOSE)
 
 
 def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
@@ -79,18 +80,18 @@ def unlike(runs: dict[str, Run], shapes: dict[str, Shape]) -> list[str]:
         runs: one of each method, by NAME or NAME:flag=value. shapes: theirs.
     """
     first, *others = runs
+    wanted = shapes[first]
     lines = []
     for spec in others:
-        if not (alike(shapes[spec].size, shapes[first].size) and alike(shapes[spec].scale, shapes[first].scale)):
-            matching = _matching(spec, runs[spec], shapes[first])
-            match = next((each for each in matching if each not in shapes), None)
+        own = shapes[spec]
+        if not (alike(own.size, wanted.size) and alike(own.scale, wanted.scale)):
+            match = next((each for each in _matching(spec, runs[spec], wanted) if each not in shapes), None)
             advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"
-            lines.append(f"{spec} has {shapes[spec]}, {first} has {shapes[first]}: {advice}")
-        own, wanted = shapes[spec].head_rate, shapes[first].head_rate
-        if None not in (own, wanted) and own != wanted:
+            lines.append(f"{spec} has {own}, {first} has {wanted}: {advice}")
+        if None not in (own.head_rate, wanted.head_rate) and own.head_rate != wanted.head_rate:
             lines.append(
-                f"{spec} trains the head at {own:g}, {first} at {wanted:g}: --head_learning_rate {wanted:g} for all "
-                "makes them equal"
+                f"{spec} trains the head at {own.head_rate:g}, {first} at {wanted.head_rate:g}: --head_learning_rate "
+                f"{wanted.head_rate:g} for all makes them equal"
             )
     if any(shape.head_rate is None for shape in shapes.values()):
         lines.append(
@@ -112,9 +113,10 @@ def _matching(spec: str, run: Run, wanted: Shape) -> Iterator[str]:
             own = shape_of(replace(run, arguments=run.arguments | {"method": file}).parse())
         except UsageError:  # the run's own settings contradict that file
             continue
-        if own.size is not None and alike(own.size, wanted.size):
-            if not alike(own.scale, wanted.scale):
-                others = [each for each in settings if not each.startswith("lora_alpha=")]
-                yield ":".join([file, *others, f"lora_alpha={wanted.scale * own.rank:g}"])
-            else:
-                yield ":".join([file, *settings])
+        if own.size is None or not alike(own.size, wanted.size):
+            continue
+        if alike(own.scale, wanted.scale):
+            yield ":".join([file, *settings])
+        else:
+            others = [each for each in settings if not each.startswith("lora_alpha=")]
+            yield ":".join([file, *others, f"lora_alpha={wanted.scale * own.rank:g}"])
