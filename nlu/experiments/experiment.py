@@ -82,9 +82,8 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     except (TypeError, KeyError, AttributeError) as error:  # an unknown key, or a list instead of a mapping
-        what = re.sub(rf"\S*{make_experiment.__name__}\(\)", "the file", reason(error, 200))
         format_is = "the format is explained at the top of nlu/experiments/experiment.py"
-        raise UsageError(f"{path}: {what}; {format_is}") from None
+        raise UsageError(f"{path}: {reason(error, 200)}; {format_is}") from None
 
 
 def make_experiment(
