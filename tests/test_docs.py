@@ -71,9 +71,9 @@ def test_links_exist_and_code_compiles(page):
 @pytest.fixture(scope="module")
 def scores() -> dict[str, pd.DataFrame]:
     """Experiment → the scores of its committed records, by row."""
-    runs = load_measured(ROOT / "results/measured")
+    measured = load_measured(ROOT / "results/measured")
     questions = {each.experiment: each for each in load_questions(ROOT / "configs/experiments/claims.yaml")}
-    return {name: score_frame(own, questions[name]).set_index("row") for name, own in runs.groupby("experiment")}
+    return {name: score_frame(own, questions[name]).set_index("row") for name, own in measured.items()}
 
 
 def shown(row: pd.Series, prefix: str = "", digits: int = 2) -> str:

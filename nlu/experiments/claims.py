@@ -53,12 +53,13 @@ class Question:
     pooled: bool = False
     test: Sequence[str] = ()
 
-    def reference(self, label: str, sizes: pd.Series) -> str | None:
+    def reference(self, label: str, runs: pd.DataFrame) -> str | None:
         """The row that a row is compared with; None for the first reference row, and if it or all others have no runs.
 
         Args:
-            sizes: label → trained parameters.
+            runs: the finished ones.
         """
+        sizes = runs.groupby("label").adapter_params.max()
         there = [other for other in self.against if other in sizes.index]
         if not there or label == there[0] or label not in sizes.index:
             return None

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from loralib.injection import module_type
-from nlu.experiments.statistics import finished, held_out
+from nlu.experiments.statistics import finished
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -65,11 +65,10 @@ def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> lis
         tuning: the runs that tried learning rates, see `tables.tuning_runs`.
     """
     final = finished(every)
-    styles = dict(zip(dict.fromkeys(every.label), cycle(STYLES), strict=False))
     with matplotlib.rc_context(STYLE):
-        if len(tuning) and held_out(every).all():  # every run only tries a learning rate
+        if len(tuning) and every.held_out.all():  # every run only tries a learning rate
             return [_rates(tuning)]
-        drawn = _differences(scores, final), _rates(tuning), _curves(final, styles), _ranks(final)
+        drawn = _differences(scores, final), _rates(tuning), _curves(final), _ranks(final)
     return [drawing for drawing in drawn if drawing is not None]
 
 
@@ -131,11 +130,11 @@ def _ranks(runs: pd.DataFrame) -> Drawing | None:
     return Drawing("ranks", text, figure)
 
 
-def _curves(runs: pd.DataFrame, styles: dict[str, dict]) -> Drawing | None:
+def _curves(runs: pd.DataFrame) -> Drawing | None:
     """Score and validation loss against the step, a row for each task; None if no run has two evaluations."""
     if runs.steps_at.map(len).max() < 2:
         return None
-    tasks = list(dict.fromkeys(runs.task))
+    styles, tasks = _styles(runs.label), runs.task.unique()
     runs = runs.explode(["steps_at", "scores", "losses"]).astype({"scores": float, "losses": float})
     figure = Figure(figsize=(WIDTH, 2.3 * len(tasks) + 0.3), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False)
@@ -161,9 +160,8 @@ def _rates(runs: pd.DataFrame) -> Drawing | None:
     """Score against the learning rate, from the tuning runs."""
     if not len(runs):
         return None
-    labels, tasks = list(dict.fromkeys(runs.row)), list(dict.fromkeys(runs.task.dropna()))
-    styles = dict(zip(labels, cycle(STYLES), strict=False))
-    what = "held-out score" if held_out(runs).all() else "score"
+    styles, tasks = _styles(runs.row), runs.task.dropna().unique()
+    what = "held-out score" if runs.held_out.all() else "score"
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
     figure = Figure(figsize=(WIDTH, 2.7 * lines + 0.3), layout="constrained")
@@ -194,6 +192,10 @@ def _rates(runs: pd.DataFrame) -> Drawing | None:
         "run, if its record has the loss of a constant answer."
     )
     return Drawing("rates", text, figure)
+
+
+def _styles(labels: pd.Series) -> dict[str, dict[str, Any]]:
+    return dict(zip(labels.unique(), cycle(STYLES), strict=False))
 
 
 def _legend(figure: Figure, handles: dict[str, Any]) -> None:

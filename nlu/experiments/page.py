@@ -10,7 +10,7 @@ import pandas as pd
 from nlu.errors import UsageError
 from nlu.experiments.claims import Question, load_questions
 from nlu.experiments.figures import draw, task_names
-from nlu.experiments.statistics import LEVEL, finished, held_out, load_measured, scored_on_test, with_reruns
+from nlu.experiments.statistics import LEVEL, finished, load_measured, scored_on_test, with_reruns
 from nlu.experiments.tables import (
     as_csv,
     claims_frame,
@@ -68,14 +68,16 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
     runs, questions = load_measured(measured), load_questions(claims)
     asked = {question.experiment for question in questions}
     questions += [Question("How do the methods compare on {tasks} with {model} ({experiment})?", name)
-                  for name in dict.fromkeys(runs.experiment) if name not in asked]  # fmt: skip
+                  for name in runs if name not in asked]  # fmt: skip
     parts, open_questions, files, frames = [], [], {}, {}
     for question in questions:
-        every = runs[runs.experiment == question.experiment]
+        if question.experiment not in runs:
+            continue
+        every = runs[question.experiment]
         if question.runs:  # only where their number is planned: elsewhere a seed is a hundred higher by chance
             every = with_reruns(every)
         if (missing := still_open(question, every)) is not None:
-            open_questions += [missing] if len(every) else []
+            open_questions.append(missing)
             continue
         text, tables, written = section(question, every)
         parts.append(text)
@@ -100,9 +102,9 @@ def still_open(question: Question, every: pd.DataFrame) -> str | None:
     Whoever sees a difference earlier may stop when it is favourable.
     """
     done = finished(every)
-    tuning, complete = held_out(every), every.status == "finished"
-    lost = complete & every.failed & ~every.rerun & ~tuning  # they learned nothing
-    settled = int((tuning | (complete & ~lost)).sum())
+    complete = every.status == "finished"
+    lost = complete & every.failed & ~every.rerun & ~every.held_out  # they learned nothing
+    settled = int((every.held_out | (complete & ~lost)).sum())
     if settled >= question.runs and len(done):
         return None
     failed = f" {every.failed.sum()} run(s) failed." if every.failed.any() else ""
@@ -119,7 +121,7 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
     done = finished(every)
     scores = with_published(score_frame(every, question), every)
     claims, tuning = claims_frame(every, question), tuning_frame(every)
-    printed = tuning_text(tuning) if held_out(done).all() and len(tuning) else score_text(scores, claims)
+    printed = tuning_text(tuning) if done.held_out.all() and len(tuning) else score_text(scores, claims)
     drawn = draw(every, scores, tuning_runs(every))
     drawings = {f"figures/{question.experiment}_{each.kind}.png": each for each in drawn}
     shown, *others = drawings or [None]

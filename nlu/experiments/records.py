@@ -43,14 +43,14 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     entries = record.get("evaluations") or []
     names = dict.fromkeys(name for entry in entries for name in entry if name != "epoch")
     evaluations = {name: [entry.get(name) for entry in entries] for name in names}
-    status, error = record["status"], record.get("error")
+    norms = [entry["delta_norm"] for entry in record.get("history") or [] if entry.get("delta_norm") is not None]
     scores = [record.get("last"), *evaluations.get("loss", [None]), *evaluations.get(record.get("metric"), [None])]
+    seed, asked = record.get("seed"), run.arguments.get("seed")
+    status, error = record["status"], record.get("error")
     if status == "finished" and None in scores:
         status, error = "failed", "an evaluation has no finite score or loss"
-    norms = [entry["delta_norm"] for entry in record.get("history") or [] if entry.get("delta_norm") is not None]
-    asked = run.arguments.get("seed")
-    if status == "finished" and str(record.get("seed")) != str(asked):
-        status, error = "failed", f"its record is of seed {record.get('seed')}, and {asked} was asked for"
+    elif status == "finished" and str(seed) != str(asked):
+        status, error = "failed", f"its record is of seed {seed}, and {asked} was asked for"
     line = {
         "label": label_of(run, str(record.get("method"))),
         "axes": run.axes,
@@ -58,7 +58,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "error": error,
         "task": record.get("task"),
         "method": record.get("method"),
-        "seed": record.get("seed"),
+        "seed": seed,
         "asked": comparable(run.arguments),
         "arguments": not_default(record.get("arguments") or {}),
         "evaluations": evaluations,
@@ -130,8 +130,7 @@ def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
     axes = {"method": record["method_config"], "task_name": record["task"], "seed": record["seed"]}
     name = os.path.relpath(folder, measured.absolute().parent)
     path = measured / f"{record['model']}.jsonl"
-    asked = not_default(record["arguments"]) | axes
-    write_line(path, name, measured_line(Run(name, axes, asked), record))
+    write_line(path, name, measured_line(Run(name, axes, axes), record))
     return path
 
 

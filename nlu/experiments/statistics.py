@@ -27,10 +27,9 @@ FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 198
 # What a claim may expect → the difference in points that it is tested against; "level" has two tests.
 EXPECTED = {"higher": 0.0, "not lower": -LEVEL, "level": None}
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
-_MAPPINGS = ["arguments", "asked", "axes", "digests", "machine"]  # {} if a line lacks one
 _NAMES = [
-    "experiment", "run", "status", "task", "method", "label", "seed", "model", "processor", "module_ranks", "data",
-    "settings", "steps_at", "scores", "losses",
+    "run", "status", "task", "method", "label", "seed", "axes", "arguments", "model", "processor", "module_ranks",
+    "data", "settings", "steps_at", "scores", "losses",
 ]  # fmt: skip
 _FIGURES = [
     "adapter_params", "best", "constant_loss", "delta_norm", "last", "live_adapter_params", "loss", "lowest_loss",
@@ -42,36 +41,44 @@ _FIGURES = [
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 
-def load_measured(folder: Path) -> pd.DataFrame:
-    """All runs in a folder, one row each, in the order of the tables; see :func:`as_frame`.
+def load_measured(folder: Path) -> dict[str, pd.DataFrame]:
+    """The measured experiments of a folder by name, each as :func:`as_frame` makes it.
 
     Raises:
         UsageError: no such folder, a damaged line, or one run twice.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; name the sweep's --measured_dir")
-    files = sorted(folder.glob("*.jsonl"))
-    return as_frame(line | {"experiment": path.stem} for path in files for line in read_lines(path).values())
+    measured = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        if lines := read_lines(path):
+            try:
+                measured[path.stem] = as_frame(lines.values())
+            except UsageError as error:
+                raise UsageError(f"{path}: {error}") from None
+    return measured
 
 
 def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """Lines as one frame; those of several experiments have its name in `experiment`.
+    """The lines of an experiment as a frame, one row for each run, in the order of the tables.
 
     Columns added to those of the lines: `steps_at`, `scores` (the task's metric in percent) and `losses`, each a list
     over the evaluations; `last` and `loss`, of the final weights (with --load_best_model_at_end the best checkpoint's);
     `best` and `lowest_loss`; `mismatched_accuracy`, on MNLI's mismatched set; `test`, on a labelled test set;
     `training_loss_end`, the mean over the last tenth of the steps; `data`, which data files were read; `settings`, what
-    the runs of one mean must have in common; `failed`, whether a run ended early or learned nothing: its mean training
-    loss over the last tenth of the steps exceeds 0.95 of the loss of the best constant answer (old records without
-    training loss: no evaluation's loss is below 0.99 of it).
+    the runs of one mean must have in common; `held_out`, whether a run was scored on held-out rows of the training set,
+    to choose a setting; `failed`, whether a run ended early or learned nothing: its mean training loss over the last
+    tenth of the steps exceeds 0.95 of the loss of the best constant answer (old records without training loss: no
+    evaluation's loss is below 0.99 of it).
     If runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
         UsageError: two runs are equal, seed included.
     """
-    frame = pd.DataFrame(map(_row, lines), columns=[*_NAMES, *_MAPPINGS, *_FIGURES])
+    frame = pd.DataFrame(map(_row, lines), columns=[*_NAMES, *_FIGURES])
     frame[_FIGURES] = frame[_FIGURES].astype(float)
     shares = (frame.training_loss_end / 0.95).fillna(frame.lowest_loss / 0.99)
+    frame["held_out"] = frame.arguments.map(lambda arguments: "holdout_fraction" in arguments).astype(bool)
     frame["failed"] = (shares > frame.constant_loss) | (frame.status == "failed")
     frame["rerun"] = False
     _tell_apart(frame)
@@ -79,19 +86,17 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:
-    row = {"experiment": ""} | {name: {} for name in _MAPPINGS} | line
-    asked, digests = row["asked"], row["digests"]
-    data = [digests.get(name) or asked.get(name) for name in ("glue_dir", "train_file", "validation_file")]
+    digests = line.get("digests", {})
+    data = [digests.get(name) for name in ("glue_dir", "train_file", "validation_file")]
     # The contents of what a run reads are compared by a checksum.
     contents = [*data, *(digests.get(name) for name in ("model_name_or_path", "lora_path", "peft_config"))]
-    kept = {name: value for name, value in row["arguments"].items() if name not in _NO_SETTINGS and "seed" not in name}
-    batch, checksum = line.get("effective_batch_size"), f"{zlib.crc32(json.dumps(contents).encode()):08x}"
-    settings = kept | {"effective_batch_size": batch, "contents": checksum}
-    row |= {
-        "processor": row["machine"].get("cpu", ""),
+    kept = {name: value for name, value in line["arguments"].items() if name not in _NO_SETTINGS and "seed" not in name}
+    checksum = f"{zlib.crc32(json.dumps(contents).encode()):08x}"
+    row = line | {
+        "processor": line.get("machine", {}).get("cpu", ""),
         "training_loss_end": np.mean(line["training_loss"][-2:]) if line.get("training_loss") else np.nan,
         "data": json.dumps(data),
-        "settings": settings,
+        "settings": kept | {"effective_batch_size": line.get("effective_batch_size"), "contents": checksum},
         "last": None,  # a line has fractions
         "best": None,
     }
@@ -118,17 +123,17 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell_apart(frame: pd.DataFrame) -> None:
-    """Extend the labels of runs that share experiment, label and task by the settings that differ."""
-    for _, own in frame.groupby(["experiment", "label"], sort=False):
+    """Extend the labels of runs that share label and task by the settings that differ."""
+    for _, own in frame.groupby("label", sort=False):
         for name in sorted({name for each in own.settings for name in each}):
             values = own.settings.map(lambda each, name=name: str(each.get(name, DEFAULTS.get(name))))
             if values.groupby(own.task).nunique().max() > 1:
                 frame.loc[own.index, "label"] += values.map(lambda value, name=name: f", {name}={value}")
-    twice = frame[frame.duplicated(["experiment", "label", "task", "seed"])]
+    twice = frame[frame.duplicated(["label", "task", "seed"])]
     if len(twice):
         message = (
-            "{experiment}.jsonl has {label} on {task} with seed {seed} twice: delete a line (runs that differ only in "
-            "data_seed or holdout_seed need different seeds too)"
+            "{label} on {task} with seed {seed} is there twice: delete a line (runs that differ only in data_seed or "
+            "holdout_seed need different seeds too)"
         )
         raise UsageError(message.format_map(twice.iloc[0]))
 
@@ -139,9 +144,9 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     tasks = {name: place for place, name in enumerate(TASKS)}
     keys = frame.assign(
         method=frame.method.map(methods),
-        size=-frame.groupby(["experiment", "label"]).adapter_params.transform("max"),
+        size=-frame.groupby("label").adapter_params.transform("max"),
         place=frame.task.map(tasks),
-    ).sort_values(["experiment", "method", "size", "label", "place", "task", "seed", "run"])
+    ).sort_values(["method", "size", "label", "place", "task", "seed", "run"])
     return frame.loc[keys.index].reset_index(drop=True)
 
 
@@ -160,11 +165,6 @@ def with_reruns(runs: pd.DataFrame) -> pd.DataFrame:
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs."""
     return runs[runs.status == "finished"]
-
-
-def held_out(runs: pd.DataFrame) -> pd.Series:
-    """Which runs were scored on held-out rows of the training set, to choose a setting."""
-    return runs.asked.map(lambda asked: "holdout_fraction" in asked).astype(bool)
 
 
 def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from nlu import ROOT
+from nlu.command_line import DEFAULTS
 from nlu.experiments.claims import Question
 from nlu.experiments.statistics import (
     Estimate,
@@ -21,7 +22,6 @@ from nlu.experiments.statistics import (
     estimate,
     finished,
     fitted_difference,
-    held_out,
     holm,
     paired,
     pooled_spread,
@@ -52,7 +52,6 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
     the Student-t model, with `best_` by that of the best evaluations; `failed`, `failed_low`, `failed_high`.
     """
     done = finished(every)
-    sizes = done.groupby("label").adapter_params.max()
     pooled = pooled_spread(done) if question.pooled else None
     models = {"t_": student_t(done), "best_": student_t(done, "best")}
     tasks = list(dict.fromkeys(done.task))
@@ -61,7 +60,7 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
         planned = every[every.label == label]
         row = {
             "row": label,
-            "parameters": sizes[label],
+            "parameters": own.adapter_params.max(),
             "remaining": own.live_adapter_params.mean(),
             "runs": len(planned),
             "failed": int(planned.failed.sum()),
@@ -77,7 +76,7 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
                     row |= {name: scores[column].mean(), f"{name}_std": scores[column].std()}
         by_task = own.groupby("task")[["last", "best"]].mean().reindex(tasks)
         row["average"], row["best"] = by_task.mean(skipna=False)  # NaN if a task is missing
-        against = question.reference(label, sizes)
+        against = question.reference(label, done)
         pairs = paired(done, label, against)
         row["against"] = against or ""
         row |= _figures("", estimate(pairs, pooled))
@@ -91,10 +90,10 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
 def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
     """The question's claims, each with a row for all tasks and one per task; p is corrected for their number (Holm)."""
     done = finished(every)
-    sizes, pooled = done.groupby("label").adapter_params.max(), pooled_spread(done) if question.pooled else None
+    pooled = pooled_spread(done) if question.pooled else None
     measured = []
     for claim in question.claims:
-        against = claim.against or question.reference(claim.label, sizes)
+        against = claim.against or question.reference(claim.label, done)
         pairs = paired(done, claim.label, against)
         measured.append((claim, against, pairs, estimate(pairs, pooled)))
     p_values = holm([result.p_value(claim.expect) for claim, *_, result in measured])
@@ -131,7 +130,7 @@ def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
         ", ".join(part for part in label.split(", ") if part not in (rate, f"learning_rate={rate}"))
         for label, rate in zip(grid.label, (axes["learning_rate"] for axes in grid["axes"]), strict=True)
     ]
-    return grid.assign(row=rows, value=[float(asked["learning_rate"]) for asked in grid.asked])
+    return grid.assign(row=rows, value=[float(arguments["learning_rate"]) for arguments in grid.arguments])
 
 
 def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
@@ -139,7 +138,7 @@ def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
     :func:`choose_rates`.
     """
     rates = tuning_runs(every)
-    rates = rates[held_out(rates)]
+    rates = rates[rates.held_out]
     if not len(rates):
         return pd.DataFrame()
     scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)
@@ -168,15 +167,15 @@ def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
 def setting(every: pd.DataFrame) -> str:
     """A description of what was run, from the lines alone: model, length, row limits, seeds and processors."""
     done = finished(every)
-    arguments = [used | asked for used, asked in zip(done.arguments, done.asked, strict=True)]
+    arguments = [DEFAULTS | own for own in done.arguments]
     limits = {
         f"at most {int(each[name]):,} {split} rows"
         for each in arguments
         for name, split in (("max_train_samples", "training"), ("max_eval_samples", "validation"))
-        if each.get(name)
+        if each[name]
     }
     seeds = done.groupby(["label", "task"]).seed.nunique()
-    epochs = sorted({each.get("num_train_epochs", 0) for each in arguments if not each.get("max_steps")} - {0})
+    epochs = sorted({each["num_train_epochs"] for each in arguments if each["max_steps"] <= 0})
     parts = [
         " and ".join(sorted(done.model.dropna().unique())),
         f"{range_text(epochs[0], epochs[-1], '{:g}'.format)} epochs" if epochs else "",

@@ -34,7 +34,6 @@ def line(label: str, task: str, seed: int, scores: list[float], **changes) -> di
         "label": label,
         "axes": {"row": label, "task_name": task, "seed": seed},
         "seed": seed,
-        "asked": {"method": label, "task_name": task, "seed": seed},
         "arguments": {},
         "model": "minilm",
         "evaluations": {"step": steps, "loss": [0.1 + 1 / step for step in steps], metric: scores},

@@ -6,13 +6,13 @@ import pytest
 import yaml
 
 from nlu import ROOT, sweep
+from nlu.command_line import method_file
 from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.records import comparable, label_of
 from nlu.experiments.statistics import load_measured
 from nlu.experiments.tables import tuning_frame
 from nlu.json_yaml import parse_yaml, read_json
-from nlu.methods.registry import METHODS
 from tests.nlu.sweeps import BASIC
 
 FILES = [path for path in sorted((ROOT / "configs/experiments").glob("*.yaml")) if path.stem != "claims"]
@@ -27,8 +27,7 @@ def test_parse_yaml_reads_null_booleans_and_decimal_numbers_and_all_else_as_text
 
 
 def test_finals_of_the_base_size_have_the_learning_rates_that_its_tuning_gives():
-    runs = load_measured(ROOT / "results/measured")
-    tuning = tuning_frame(runs[runs.experiment == "base_tuning"])
+    tuning = tuning_frame(load_measured(ROOT / "results/measured")["base_tuning"])
     finals = load_experiment(ROOT / "configs/experiments/base.yaml", {"model_name_or_path": "encoder"}).runs
     chosen = tuning[tuning.chosen].set_index("row").value
     assert {run.axes["row"]: run.arguments["learning_rate"] for run in finals} == dict(chosen)
@@ -64,14 +63,10 @@ def test_committed_lines_match_their_experiment_files(lines):
 
 
 def test_every_claim_names_rows_that_its_experiment_has():
-    def row_of(run):
-        name = run.arguments["method"]
-        base = max((base for base in METHODS if name.startswith(base)), key=len, default=name)
-        return label_of(run, base)
-
     for question in load_questions(ROOT / "configs/experiments/claims.yaml"):
         path = ROOT / f"configs/experiments/{question.experiment}.yaml"
-        known = {row_of(run) for run in load_experiment(path, {"model_name_or_path": "m"}).runs}
+        runs = load_experiment(path, {"model_name_or_path": "m"}).runs
+        known = {label_of(run, method_file(run.arguments["method"])[0]) for run in runs}
         asked = {name for claim in question.claims for name in (claim.label, claim.against) if name}
         assert asked | set(question.against) <= known, question.question
     for table in (ROOT / "results/published").glob("*.json"):

@@ -89,7 +89,6 @@ def test_run_outside_a_sweep_has_a_line_in_the_file_of_its_model(finished, tmp_p
     (made,) = read_lines(path).values()
     assert made["label"] == "LoRA²" and made["last"] == record["last"]
     assert made["axes"] == {"method": "lora2", "task_name": "cola", "seed": 3}
-    assert made["asked"]["lora_k"] == 3  # as --holdout_fraction, by which a tuning is recognised
     publish_run(folder, tmp_path / "output/measured", record | {"status": "failed", "error": "boom"})
     assert [line["status"] for line in read_lines(path).values()] == ["failed"]  # a folder has one line
     for _ in range(2):

@@ -134,13 +134,14 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
     lines = []
     for rate, score in scores.items():
         axes = {"row": "LoRA r=8", "learning_rate": rate, "task_name": "custom"}
+        arguments = {"learning_rate": rate}
         status = "finished" if score else "failed"
         label = f"LoRA r=8, learning_rate={rate:g}"
-        lines.append(line(label, "custom", 201, [score or 0.0], axes=axes, asked=axes, status=status))
+        lines.append(line(label, "custom", 201, [score or 0.0], axes=axes, arguments=arguments, status=status))
     question = {"question": "Which rate?", "experiment": "trial"}
     make(lines, questions={"questions": [question]})
     assert "learning rate |" not in (tmp_path / "README.md").read_text()  # these are scores on the validation set
-    lines = [each | {"asked": each["asked"] | {"holdout_fraction": 0.1}} for each in lines]
+    lines = [each | {"arguments": each["arguments"] | {"holdout_fraction": 0.1}} for each in lines]
     assert make(lines, questions={"questions": [question | {"runs": 4}]})[0] == 0  # no run of a tuning is repeated
     page = (tmp_path / "README.md").read_text()
     rows = re.findall(r"^\| LoRA r=8 \| +([\d.]+) \| +(\S+) \|.*\| +(\w*) \|$", page, re.M)

@@ -227,7 +227,7 @@ def test_row_that_lacks_a_task_has_no_average():
 @pytest.mark.parametrize("status", ["finished", "failed"])
 def test_equal_runs_are_refused(status, tmp_path):
     run = line("LoRA", "cola", 1, [0.1])
-    with pytest.raises(UsageError, match=r"a.jsonl has LoRA on cola with seed 1 twice"):
+    with pytest.raises(UsageError, match=r"a.jsonl: LoRA on cola with seed 1 is there twice"):
         load_measured(write(tmp_path, "a", [run, run | {"run": "another", "status": status}]))
 
 
@@ -250,8 +250,8 @@ def test_comparison_takes_the_best_rate_if_all_are_barred():
 
     def tried(label, rate, score, **changes):
         axes = {"method": label, "learning_rate": f"rate {rate}", "task_name": "rte"}
-        asked = axes | {"learning_rate": rate, "holdout_fraction": 0.1}
-        same = {"axes": axes, "asked": asked, "training_loss": [0.7], "constant_loss": 0.7}
+        arguments = {"learning_rate": rate, "holdout_fraction": 0.1}
+        same = {"axes": axes, "arguments": arguments, "training_loss": [0.7], "constant_loss": 0.7}
         name = f"{label}, rate {rate}"
         return line(name, "rte", 101, [score], run=name, **same, **changes)
 
