@@ -72,8 +72,11 @@ def test_links_exist_and_code_compiles(page):
 def scores() -> dict[str, pd.DataFrame]:
     """Experiment → the scores of its committed records, by row."""
     measured = load_measured(ROOT / "results/measured")
-    questions = {each.experiment: each for each in load_questions(ROOT / "configs/experiments/claims.yaml")}
-    return {name: score_frame(own, questions[name]).set_index("row") for name, own in measured.items()}
+    return {
+        each.experiment: score_frame(measured[each.experiment], each.against, each.pooled).set_index("row")
+        for each in load_questions(ROOT / "configs/experiments/claims.yaml")
+        if each.experiment in measured
+    }
 
 
 def shown(row: pd.Series, prefix: str = "", digits: int = 2) -> str:

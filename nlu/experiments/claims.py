@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from nlu.errors import UsageError, reason
 from nlu.experiments.statistics import EXPECTED
 from nlu.json_yaml import read_yaml
@@ -52,18 +50,6 @@ class Question:
     runs: int = 0
     pooled: bool = False
     test: Sequence[str] = ()
-
-    def reference(self, label: str, runs: pd.DataFrame) -> str | None:
-        """The row that a row is compared with; None for the first reference row, and if it or all others have no runs.
-
-        Args:
-            runs: the finished ones.
-        """
-        sizes = runs.groupby("label").adapter_params.max()
-        there = [other for other in self.against if other in sizes.index]
-        if not there or label == there[0] or label not in sizes.index:
-            return None
-        return min((other for other in there if other != label), key=lambda other: abs(sizes[other] - sizes[label]))
 
 
 def load_questions(path: Path) -> list[Question]:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nlu.experiments.claims import Question
 from nlu.experiments.figures import draw
 from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, pooled_spread, seeds_for
 from nlu.experiments.tables import NONE, as_csv, markdown, number, score_frame, score_text, tuning_frame, tuning_runs
@@ -47,7 +46,7 @@ def write_comparison(
     done = finished(frame)
     if not len(done):
         return
-    scores = score_frame(frame, Question("", "comparison", against=(done.label.iloc[0],)))
+    scores = score_frame(frame, [done.label.iloc[0]])
     scores["scale"] = scores.row.map(scales)
     scores["seconds_per_step"] = scores.row.map(done.groupby("label").seconds_per_step.mean())
     metric = next(line["metric"] for line in lines if line["status"] == "finished")

@@ -119,7 +119,7 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
     """A question's text, its tables (kind → figures without rounding) and the files beside it (name → content)."""
     every = scored_on_test(every, question.test)
     done = finished(every)
-    scores = with_published(score_frame(every, question), every)
+    scores = with_published(score_frame(every, question.against, question.pooled), every)
     claims, tuning = claims_frame(every, question), tuning_frame(every)
     printed = tuning_text(tuning) if done.held_out.all() and len(tuning) else score_text(scores, claims)
     drawn = draw(every, scores, tuning_runs(every))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,18 @@ class Estimate:
             holds = abs(self.mean) < LEVEL if expect == "level" else self.mean > EXPECTED[expect]
             return "holds" if holds else "contradicted"
         return f"no gain of {LEVEL}" if expect == "higher" and self.interval[1] < LEVEL else "not shown"
+
+
+def reference(runs: pd.DataFrame, label: str, against: Sequence[str]) -> str | None:
+    """The label in `against` that a label is compared with, the closest in size.
+
+    None for the first of them that has runs, and if the label or all of them have none.
+    """
+    sizes = runs.groupby("label").adapter_params.max()
+    there = [other for other in against if other in sizes.index]
+    if not there or label == there[0] or label not in sizes.index:
+        return None
+    return min((other for other in there if other != label), key=lambda other: abs(sizes[other] - sizes[label]))
 
 
 def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from nlu.experiments.statistics import (
     holm,
     paired,
     pooled_spread,
+    reference,
     student_t,
 )
 from nlu.json_yaml import read_json
@@ -43,16 +44,19 @@ def _figures(prefix: str, result: Estimate) -> dict[str, float]:
     return {f"{prefix}difference": result.mean, f"{prefix}low": low, f"{prefix}high": high}
 
 
-def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
+def score_frame(every: pd.DataFrame, against: Sequence[str] = (), pooled: bool = False) -> pd.DataFrame:
     """One row for each method: scores in percent, the difference from its reference, and failed runs.
 
     Columns: `row`, `parameters`, `remaining` (after pruning), `runs`; for each task its mean and `TASK_std`, and if
     there are such scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average` (last evaluations) and
     `best` (best ones); `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by
     the Student-t model, with `best_` by that of the best evaluations; `failed`, `failed_low`, `failed_high`.
+
+    Args:
+        against: labels of the reference rows. pooled: whether intervals use the deviation pooled over all rows.
     """
     done = finished(every)
-    pooled = pooled_spread(done) if question.pooled else None
+    spread = pooled_spread(done) if pooled else None
     models = {"t_": student_t(done), "best_": student_t(done, "best")}
     tasks = list(dict.fromkeys(done.task))
     rows = []
@@ -76,13 +80,13 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
                     row |= {name: scores[column].mean(), f"{name}_std": scores[column].std()}
         by_task = own.groupby("task")[["last", "best"]].mean().reindex(tasks)
         row["average"], row["best"] = by_task.mean(skipna=False)  # NaN if a task is missing
-        against = question.reference(label, done)
-        pairs = paired(done, label, against)
-        row["against"] = against or ""
-        row |= _figures("", estimate(pairs, pooled))
+        other = reference(done, label, against)
+        pairs = paired(done, label, other)
+        row["against"] = other or ""
+        row |= _figures("", estimate(pairs, spread))
         for name, fit in models.items():
             known = fit is not None and len(pairs)
-            row |= _figures(name, fitted_difference(fit, label, against, pairs.task.unique()) if known else Estimate())
+            row |= _figures(name, fitted_difference(fit, label, other, pairs.task.unique()) if known else Estimate())
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -90,12 +94,12 @@ def score_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
 def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
     """The question's claims, each with a row for all tasks and one per task; p is corrected for their number (Holm)."""
     done = finished(every)
-    pooled = pooled_spread(done) if question.pooled else None
+    spread = pooled_spread(done) if question.pooled else None
     measured = []
     for claim in question.claims:
-        against = claim.against or question.reference(claim.label, done)
+        against = claim.against or reference(done, claim.label, question.against)
         pairs = paired(done, claim.label, against)
-        measured.append((claim, against, pairs, estimate(pairs, pooled)))
+        measured.append((claim, against, pairs, estimate(pairs, spread)))
     p_values = holm([result.p_value(claim.expect) for claim, *_, result in measured])
     rows = []
     for (claim, against, pairs, result), p in zip(measured, p_values, strict=True):
@@ -104,7 +108,7 @@ def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
         rows.append(named | {"task": ALL, "pairs": len(pairs)} | _figures("", result) | {"p_holm": p})
         rows[-1] |= {"verdict": verdict, "published": claim.published, "source": claim.source}
         for task, own in pairs.groupby("task", sort=False) if pairs.task.nunique() > 1 else ():
-            rows.append(named | {"task": task, "pairs": len(own)} | _figures("", estimate(own, pooled)))
+            rows.append(named | {"task": task, "pairs": len(own)} | _figures("", estimate(own, spread)))
     return pd.DataFrame(rows)
 
 

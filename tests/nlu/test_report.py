@@ -8,7 +8,6 @@ import yaml
 from scipy import stats
 
 from nlu import report
-from nlu.experiments.claims import Question
 from nlu.experiments.comparison import advice, answer
 from nlu.experiments.figures import Drawing, draw
 from nlu.experiments.statistics import as_frame
@@ -148,7 +147,7 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
     marks = [("50.0", ""), ("60.0", "chosen"), ("70.0", "barred"), ("–", "barred")]
     assert [each[1:] for each in rows] == marks and [float(each[0]) for each in rows] == list(scores)
     runs = as_frame(lines)
-    (rates,) = draw(runs, score_frame(runs, Question("", "trial")), tuning_runs(runs))
+    (rates,) = draw(runs, score_frame(runs), tuning_runs(runs))
     (panel,) = rates.figure.axes
     assert panel.get_title(loc="left") == "custom: held-out score"
     drawn = [(list(each.get_xdata()), list(each.get_ydata())) for each in panel.get_lines()]
@@ -172,7 +171,7 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
             line(label, "rte", s, [0.4, 0.5, x], **changes) for label, own in scores.items() for s, x in enumerate(own)
         ]
         runs = as_frame(lines)
-        sentence = answer(score_frame(runs, Question("", "one", against=("LoRA r=8",))), runs)
+        sentence = answer(score_frame(runs, ["LoRA r=8"]), runs)
         return " ".join([sentence, *advice(runs)])
 
     clear = {"LoRA r=8": [0.50, 0.51, 0.52], "LoRA² k=8": [0.60, 0.612, 0.618]}
@@ -196,20 +195,20 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
 def test_score_axis_ends_at_100_and_a_single_evaluation_has_no_curve():
     lines = [line("_LoRA", "rte", s, [first, 1.0]) for s, first in enumerate((0.7, 0.8, 0.85, 0.9))]
     runs = as_frame(lines)
-    (curves,) = draw(runs, score_frame(runs, Question("", "one")), runs[:0])
+    (curves,) = draw(runs, score_frame(runs), runs[:0])
     assert curves.figure.axes[0].get_ylim()[1] == 100
     assert curves.figure.axes[0].get_lines()[0].get_xydata().tolist() == [[100, 82.5], [200, 100]]  # medians
     (named,) = curves.figure.legends[0].get_texts()
     assert named.get_text() == "_LoRA"  # matplotlib itself leaves out a name that begins with _
     single = as_frame(each | {"evaluations": line("", "rte", 1, [0.9])["evaluations"]} for each in lines)
-    assert draw(single, score_frame(single, Question("", "one")), single[:0]) == []
+    assert draw(single, score_frame(single), single[:0]) == []
 
 
 def test_live_ranks_are_drawn_for_each_row_that_prunes():
     ranks = {f"encoder.layer.{i}.attention.{name}": i + 1 for i in (0, 1) for name in ("query", "key")}
     lines = [line("LoRA² k=8", "rte", 1, [0.5, 0.6], module_ranks=ranks), line("LoRA r=8", "rte", 1, [0.5, 0.6])]
     runs = as_frame(lines)
-    drawing = draw(runs, score_frame(runs, Question("", "one")), runs[:0])[-1]
+    drawing = draw(runs, score_frame(runs), runs[:0])[-1]
     titles = [axes.get_title(loc="left") for axes in drawing.figure.axes]
     assert drawing.kind == "ranks" and titles == ["LoRA² k=8: singular values left"]
     assert sorted(text.get_text() for text in drawing.figure.axes[0].texts) == ["1.0", "1.0", "2.0", "2.0"]

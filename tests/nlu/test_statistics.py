@@ -80,7 +80,7 @@ def test_pooled_spread_is_twice_the_residual_mean_square_of_the_two_way_layout()
     result = estimate(pairs, spread)
     assert result.error == pytest.approx((spread.variance["cola"] / 3) ** 0.5) and result.freedom == pytest.approx(4)
     question = Question("", "", ["LoRA r=8"], [Claim("LoRA² k=8", "higher")], pooled=True)
-    for frame in (score_frame(runs, question), claims_frame(runs, question)):
+    for frame in (score_frame(runs, question.against, pooled=True), claims_frame(runs, question)):
         row = frame.set_index("row").loc["LoRA² k=8"]
         assert (row.low, row.high) == pytest.approx(result.interval)
     both = runs[runs.label != "AdaLoRA"]  # for two labels: the variance of their differences
@@ -215,13 +215,13 @@ def test_both_estimates_leave_out_a_task_whose_data_differ():
         for task, score in (("cola", cola), ("rte", rte))
         for seed in (1, 2, 3)
     ]
-    row = score_frame(as_frame(lines), Question("", "", against=["LoRA r=8"])).iloc[1]
+    row = score_frame(as_frame(lines), ["LoRA r=8"]).iloc[1]
     assert [row.difference, row.t_difference] == pytest.approx([2, 2])
 
 
 def test_row_that_lacks_a_task_has_no_average():
     runs = frame_of({("LoRA r=8", "cola"): [0.5], ("LoRA r=8", "rte"): [0.6], ("LoRA² k=8", "cola"): [0.7]})
-    assert list(score_frame(runs, Question("", "")).average.fillna(0)) == pytest.approx([55, 0])
+    assert list(score_frame(runs).average.fillna(0)) == pytest.approx([55, 0])
 
 
 @pytest.mark.parametrize("status", ["finished", "failed"])
