@@ -77,7 +77,7 @@ def label_of(run: Run, method: str) -> str:
         if axis not in ("task_name", "seed"):
             text = value if isinstance(value, str) else f"{axis}={value}"
             names.append(_method_name(text, method) if axis == "method" else text)
-    return portable(", ".join(names) or _method_name(str(run.arguments.get("method")), method))
+    return ", ".join(names) or _method_name(str(run.arguments.get("method")), method)
 
 
 def _method_name(name: str, base: str) -> str:
