@@ -21,7 +21,7 @@ from typing import Any
 from nlu.arguments import positive_int
 from nlu.command_line import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, exit_code
-from nlu.experiments.experiment import SET_BY_THE_SWEEP, Experiment, make_experiment
+from nlu.experiments.experiment import Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.records import label_of, read_lines, settings_of
 from nlu.experiments.sweep_loop import Sweep
@@ -73,7 +73,7 @@ def flag_values(words: list[str]) -> dict[str, Any]:
         UsageError: run_glue has no such flag, or the comparison sets it itself.
     """
     values = read_flags(words)
-    for name in ("method", "seed", *SET_BY_THE_SWEEP):
+    for name in ("method", "seed", "root_output_dir", "overwrite_output_dir"):
         if name in values:
             raise UsageError(f"--{name} is set by compare.py: use --methods, --seeds and --output_dir instead")
     return values

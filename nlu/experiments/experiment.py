@@ -36,7 +36,6 @@ from nlu.runs.digests import INPUTS
 # Only the last part of these paths is compared and recorded, so that records name no folder of this machine.
 _PATH_ARGUMENTS = tuple(name for name in INPUTS if name != "glue_dir")
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
-SET_BY_THE_SWEEP = ("root_output_dir", "output_dir", "overwrite_output_dir")
 
 
 @dataclass(frozen=True)

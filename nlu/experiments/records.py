@@ -16,12 +16,14 @@ import numpy as np
 
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError, one_line
-from nlu.experiments.experiment import SET_BY_THE_SWEEP, Run, portable
+from nlu.experiments.experiment import Run, portable
 from nlu.methods.registry import METHODS
 from nlu.runs.files import locked, write_text
 
 # These say where a run happens, not what it computes: runs that differ only in them count as the same.
-PLACE_ARGUMENTS = ("glue_dir", "cache_dir", "dataloader_num_workers", "use_cpu")
+PLACE_ARGUMENTS = (
+    "glue_dir", "cache_dir", "root_output_dir", "overwrite_output_dir", "dataloader_num_workers", "use_cpu",
+)  # fmt: skip
 COPIED = (
     "metric", "best", "best_step", "last", "test_scores", "steps", "weights_step", "model", "adapter_params",
     "head_params", "total_params", "live_adapter_params", "initial_budget", "final_budget", "live_budget",
@@ -40,6 +42,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         run: what the sweep asked for.
         record: the run's `results.json`; its status is "finished" or "failed".
     """
+    own = {name: value for name, value in record.get("arguments", {}).items() if value != DEFAULTS.get(name)}
     entries = record.get("evaluations") or []
     names = dict.fromkeys(name for entry in entries for name in entry if name != "epoch")
     evaluations = {name: [entry.get(name) for entry in entries] for name in names}
@@ -60,7 +63,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "method": record.get("method"),
         "seed": seed,
         "asked": comparable(run.arguments),
-        "arguments": not_default(record.get("arguments") or {}),
+        "arguments": comparable(own),
         "evaluations": evaluations,
         **{name: record.get(name) for name in COPIED},
         "training_loss": training_losses(record),
@@ -91,12 +94,6 @@ def _method_name(name: str, base: str) -> str:
 def settings_of(spec: str) -> list[str]:
     """NAME:flag=value:… split into the name and the settings; a value may contain a colon (match:lora)."""
     return re.split(r":(?=[\w-]+=)", spec)
-
-
-def not_default(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The comparable arguments that differ from run_glue's defaults."""
-    own = {name: value for name, value in arguments.items() if name not in SET_BY_THE_SWEEP}
-    return comparable({name: value for name, value in own.items() if value != DEFAULTS.get(name)})
 
 
 def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
