@@ -56,15 +56,14 @@ class Sweep:
             states[run.name] = "changed" if changed else line["status"]
         return states
 
-    def changes(self, run: Run, line: dict[str, Any]) -> list[str]:
-        """How a line's arguments and content digests differ from the present ones."""
+    def changes(self, run: Run, line: dict[str, Any]) -> str:
+        """How a line's arguments and content digests differ from the present ones; empty if they do not."""
         old, new = line["asked"], comparable(run.arguments)
         then, now = line.get("digests") or {}, content_digests(run.arguments)
-        names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-        contents = [flag for flag in now if flag in then and then[flag] != now[flag]]
-        return [f"{name} {old.get(name)} → {new.get(name)}" for name in names] + [
-            f"other content of {flag}" for flag in contents
-        ]
+        changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+        found = [f"{name} {old.get(name)} → {new.get(name)}" for name in changed]
+        found += [f"other content of {flag}" for flag in now if then.get(flag, now[flag]) != now[flag]]
+        return ", ".join(found)
 
     def record_time(self, run: Run) -> int | None:
         """When the run's record was last written, in nanoseconds; None without a record."""
@@ -92,7 +91,7 @@ class Sweep:
             states = self.states()
             changed = [run for run in self.runs if states[run.name] == "changed"]
             if changed and not rerun_changed:
-                differences = ", ".join(self.changes(changed[0], read_lines(self.measured)[changed[0].name]))
+                differences = self.changes(changed[0], read_lines(self.measured)[changed[0].name])
                 raise UsageError(
                     f"{len(changed)} run(s), for example {changed[0].name}, were made with other arguments or "
                     f"contents ({differences}); pass --rerun_changed to repeat them, or give the experiment a new name "
