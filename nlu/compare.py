@@ -97,7 +97,7 @@ def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
         load_data(experiment.runs[0].parse())  # an error in the data shows now, not in every run
     shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
     labels = {spec: label_of(run, parsed[spec].method) for spec, run in firsts.items()}
-    warnings = unlike(firsts, shapes)
+    warnings = unlike(shapes)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     notes = [f"Not alike: {warning}." for warning in warnings]

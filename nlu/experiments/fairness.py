@@ -1,18 +1,12 @@
-"""Checks before training whether methods match in size and scale, and names settings that would make them match."""
+"""Checks before training whether methods match in size, scale and head rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import loralib
-from nlu import METHOD_FOLDER
 from nlu.arguments import Arguments
-from nlu.command_line import method_file
-from nlu.errors import UsageError
-from nlu.experiments.experiment import Run
-from nlu.experiments.records import settings_of
 from nlu.methods.registry import apply_without_weights, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
 from nlu.tasks import TASKS
@@ -25,14 +19,13 @@ class Shape:
     """What must match for a fair comparison. None if it is unknown before training, or the method does not have it.
 
     Attributes:
-        trained: the adapter's parameters. size: the same at pruning's target ranks. scale: α/r. rank: r.
+        trained: the adapter's parameters. size: the same at pruning's target ranks. scale: α/r.
         head_rate: the head's learning rate; None if the head takes the rate that tuning will choose.
     """
 
     trained: int | None
     size: float | None
     scale: float | None
-    rank: int
     head_rate: float | None
 
     def __str__(self) -> str:
@@ -70,24 +63,22 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     has_scale = arguments.method in flag_methods("lora_alpha")
     scale = arguments.lora_alpha / arguments.lora_r if has_scale else None
     rate = None if tuned else arguments.learning_rate
-    return Shape(trained, size, scale, arguments.lora_r, arguments.head_learning_rate or rate)
+    return Shape(trained, size, scale, arguments.head_learning_rate or rate)
 
 
-def unlike(runs: dict[str, Run], shapes: dict[str, Shape]) -> list[str]:
-    """Warnings about methods that differ from the first in size, α/r or head rate, with settings that would match.
+def unlike(shapes: dict[str, Shape]) -> list[str]:
+    """Warnings about methods that differ from the first in size, α/r or head rate.
 
     Args:
-        runs: one of each method, by NAME or NAME:flag=value. shapes: theirs.
+        shapes: those of the methods, by NAME or NAME:flag=value.
     """
-    first, *others = runs
+    first, *others = shapes
     wanted = shapes[first]
     lines = []
     for spec in others:
         own = shapes[spec]
         if not (alike(own.size, wanted.size) and alike(own.scale, wanted.scale)):
-            match = next((each for each in _matching(spec, runs[spec], wanted) if each not in shapes), None)
-            advice = f"{match} matches" if match else "no file of configs/methods/ for this method matches"
-            lines.append(f"{spec} has {own}, {first} has {wanted}: {advice}")
+            lines.append(f"{spec} has {own}, {first} has {wanted}: --methods NAME:flag=value changes one method")
         if None not in (own.head_rate, wanted.head_rate) and own.head_rate != wanted.head_rate:
             lines.append(
                 f"{spec} trains the head at {own.head_rate:g}, {first} at {wanted.head_rate:g}: --head_learning_rate "
@@ -99,24 +90,3 @@ def unlike(runs: dict[str, Run], shapes: dict[str, Shape]) -> list[str]:
             "gives all heads the same rate"
         )
     return lines
-
-
-def _matching(spec: str, run: Run, wanted: Shape) -> Iterator[str]:
-    """Specifications of the same base method with the wanted size and scale, the run's own file first."""
-    name, *settings = settings_of(spec)
-    base = method_file(name)[0]
-    files = [path.stem for path in sorted(METHOD_FOLDER.glob("*.yaml"))]
-    for file in dict.fromkeys([name, *files]):
-        if method_file(file)[0] != base:
-            continue
-        try:
-            own = shape_of(replace(run, arguments=run.arguments | {"method": file}).parse())
-        except UsageError:  # the run's own settings contradict that file
-            continue
-        if own.size is None or not alike(own.size, wanted.size):
-            continue
-        if alike(own.scale, wanted.scale):
-            yield ":".join([file, *settings])
-        else:
-            others = [each for each in settings if not each.startswith("lora_alpha=")]
-            yield ":".join([file, *others, f"lora_alpha={wanted.scale * own.rank:g}"])

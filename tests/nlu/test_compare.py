@@ -76,7 +76,7 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
 
 
 @pytest.mark.slow
-def test_unequal_published_settings_give_a_warning_that_names_equal_ones(tmp_path, monkeypatch, capsys):
+def test_unequal_published_settings_give_a_warning(tmp_path, monkeypatch, capsys):
     """RTE has α = 32 with r = 4 (LoRA²), 8 (LoRA), 2 (AdaLoRA); AdaLoRA has a quarter of the others' parameters."""
     monkeypatch.setattr(compare.Sweep, "run", lambda *_: 0)
     monkeypatch.setattr("nlu.data.splits.load_data", lambda *_: None)  # the data of RTE are not needed
@@ -93,11 +93,12 @@ def test_unequal_published_settings_give_a_warning_that_names_equal_ones(tmp_pat
     lora, adalora = 1_327_104, 331_776 + 72 * 2  # test_methods.py has those of LoRA with the ranks 8 and 2
     lora2, kept = (lora + 72 * rank * (2 * 8 + 1) for rank in (4, 3))
     first = f"lora2 has {lora2:,} parameters (about {kept:,} after pruning), α/r 8"
-    assert said("lora2,lora,adalora").splitlines() == [
-        f"warning: lora has {lora:,} parameters, α/r 4, {first}: lora:lora_alpha=64 matches",
-        f"warning: adalora has {adalora:,} parameters (about {adalora // 2:,} after pruning), α/r 16, {first}: "
-        "adalora_r8:lora_alpha=96 matches",
+    unlike = [
+        f"lora has {lora:,} parameters, α/r 4, {first}",
+        f"adalora has {adalora:,} parameters (about {adalora // 2:,} after pruning), α/r 16, {first}",
     ]
+    advice = "--methods NAME:flag=value changes one method"
+    assert said("lora2,lora,adalora").splitlines() == [f"warning: {each}: {advice}" for each in unlike]
     assert said("lora2,lora:lora_alpha=64,adalora_r8:lora_alpha=96") == ""
     # Exact factors, which need contents, have a size all the same.
     plus_k1 = "lora2_plus_k1:lora_r=8:lora_alpha=32"
