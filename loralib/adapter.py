@@ -350,7 +350,9 @@ def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, t
 # ---- a warm start ---------------------------------------------------------------------------------------------------
 
 
-def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> AdapterConfig:
+def start_from_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], allow_other_base: bool = False
+) -> AdapterConfig:
     """Start a training from the update of a saved adapter: copy its factors into the model's own low-rank layers.
 
     ΔW is then the adapter's. If lora_alpha differs, the singular values (for LoRA: B) are rescaled to make up for it.
@@ -360,6 +362,7 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
 
     Args:
         model: after :func:`loralib.inject`, with the adapter's modules, kind of layers, rank and widths.
+        allow_other_base: accept a base with other frozen weights, such as one with another head.
 
     Returns:
         The adapter's configuration.
@@ -372,6 +375,7 @@ def start_from_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Adap
     if not layers:
         raise ValueError("the model has no low-rank layers to start with: call inject() first")
     check_tensors(layers, {name: tensors[name] for name in config.head if name in tensors}, config, tensors)
-    check_base(model, config)
+    if not allow_other_base:
+        check_base(model, config)
     _write_live_values(layers, config, tensors)
     return config

@@ -42,6 +42,7 @@ TASK_TYPES = {  # the end of a class's name in transformers -> peft's task type
     "LMHeadModel": "CAUSAL_LM",
     "TokenClassification": "TOKEN_CLS",
     "QuestionAnswering": "QUESTION_ANS",
+    "Seq2SeqLM": "SEQ_2_SEQ_LM",
 }
 _HEADS = {"classifier", "score", "qa_outputs"}
 # Settings of a peft adapter that are copied into the configuration of the LoRA made from it.
