@@ -9,7 +9,6 @@ questions:
     runs: 100                           # optional: nothing is shown until this many runs are finished; those that
                                         # learned nothing count when they were repeated with seed + 100 (plan no
                                         # such seeds), and in a tuning every run that has ended counts
-    pooled: true                        # optional: intervals use the standard deviation pooled over all rows
     test: [mrpc]                        # optional: tasks that are scored on their labelled test set
 """
 
@@ -48,7 +47,6 @@ class Question:
     against: Sequence[str] = ()
     claims: Sequence[Claim] = ()
     runs: int = 0
-    pooled: bool = False
     test: Sequence[str] = ()
 
 

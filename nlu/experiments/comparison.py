@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from nlu.experiments.figures import draw
-from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, pooled_spread, seeds_for
+from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, paired, seeds_for
 from nlu.experiments.tables import NONE, as_csv, markdown, number, score_frame, score_text, tuning_frame, tuning_runs
 from nlu.runs.files import write_bytes, write_text
 
@@ -85,7 +85,7 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
         sentences.append("All runs have the same score: they have learned nothing, or the evaluation set is too small.")
     elif not differ.all():
         equal = others.row[~differ]
-        needed = [seeds_for(1.0, pooled_spread(done[done.label.isin([first, label])])) for label in equal]
+        needed = [seeds_for(1.0, paired(done, label, first)) for label in equal]
         hint = f"about {max(needed)} seeds would show one of 1 point" if all(needed) else "give more --seeds"
         sentences.append(f"No difference shown between {first} and {', '.join(equal)}; {hint}.")
     return " ".join(sentences)

@@ -144,7 +144,7 @@ def _curves(runs: pd.DataFrame) -> Drawing | None:
             for label, own in runs[runs.task == task].groupby("label", sort=False):
                 medians = own.groupby("steps_at")[source].median()
                 (handles[label],) = axes.plot(medians.index, medians, **styles[label])
-            what = "score" if source == "scores" else "validation loss"
+            what = "validation score" if source == "scores" else "validation loss"
             axes.set_title(f"{HEADINGS.get(task, task)}: {what}", loc="left")
             axes.set_xlim(left=0)
             if source == "scores":

@@ -37,14 +37,15 @@ NOTES = f"""\
 - Score: that of the last evaluation on the validation set (with --load_best_model_at_end: of the best checkpoint) in
   percent, mean ± standard deviation over the seeds. MNLI has its matched accuracy and QQP its accuracy; the papers'
   averages take the means with the mismatched accuracy and with F1. “Test” is a labelled test set, “published” the
-  number that a paper prints for the same encoder and method, by its own protocol.
+  number that a paper prints for the same encoder and method, by its own protocol. A score beside a column “validation”
+  is that of the labelled test set.
 - Difference: between runs of the same task and seed, averaged over the tasks, with its 95 % interval (Student's t, the
   tasks as strata), which covers only the variation between seeds. Student-t errors: the same difference by a model of
-  all runs in which a failed run counts little. Read both: neither replaces the other.
+  the same runs in which an outlying run counts little. Read both: neither replaces the other.
 - Failed runs: those whose mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best
   constant answer (in records without training losses: no evaluation's loss is below 0.99 of it), with the exact
-  interval of their rate (Clopper and Pearson). Where the number of runs was planned, a failed run that was repeated
-  with seed + 100 has the score of the repetition.
+  interval of their rate (Clopper and Pearson). Where the number of runs was planned, a failed run is repeated once with
+  seed + 100: the score is that of the repetition, even if it fails too, and the rate is that of the first runs.
 - Claim: “higher” (“not lower”, “level”) than the row of the difference, or than a named row; p is corrected for the
   number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below it. “Paper”: its table's gain.
 - Learning rates: the held-out scores of each task are z-scored over all rows and rates, and each row gets the rate with
@@ -102,15 +103,16 @@ def still_open(question: Question, every: pd.DataFrame) -> str | None:
     Whoever sees a difference earlier may stop when it is favourable.
     """
     done = finished(every)
-    complete = every.status == "finished"
-    lost = complete & every.failed & ~every.rerun & ~every.held_out  # they learned nothing
-    settled = int((every.held_out | (complete & ~lost)).sum())
-    if settled >= question.runs and len(done):
+    lost = every.failed & ~every.rerun & ~every.held_out & (question.runs > 0)
+    scored = (every.status == "finished") & ~(every.task.isin(question.test) & every.test.isna())
+    settled = every.held_out | (scored & ~lost)
+    planned = question.runs or len(every)
+    if len(done) and (not question.runs or settled.sum() == len(every) == planned):  # neither fewer nor other runs
         return None
     failed = f" {every.failed.sum()} run(s) failed." if every.failed.any() else ""
     again = f" To be repeated with seed + 100: {', '.join(every.run[lost])}." if lost.any() else ""
     return (
-        f"- {_heading(question, done)} Measured so far: {settled} of {question.runs or len(every)} runs "
+        f"- {_heading(question, done)} Measured so far: {settled.sum()} of {planned} runs "
         f"(`configs/experiments/{question.experiment}.yaml`).{failed}{again}"
     )
 
@@ -119,7 +121,7 @@ def section(question: Question, every: pd.DataFrame) -> tuple[str, dict[str, pd.
     """A question's text, its tables (kind → figures without rounding) and the files beside it (name → content)."""
     every = scored_on_test(every, question.test)
     done = finished(every)
-    scores = with_published(score_frame(every, question.against, question.pooled), every)
+    scores = with_published(score_frame(every, question.against), every)
     claims, tuning = claims_frame(every, question), tuning_frame(every)
     printed = tuning_text(tuning) if done.held_out.all() and len(tuning) else score_text(scores, claims)
     drawn = draw(every, scores, tuning_runs(every))

@@ -167,13 +167,9 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs.status == "finished"]
 
 
-def scored_on_test(runs: pd.DataFrame, tasks: Iterable[str]) -> pd.DataFrame:
-    """The runs with the test score in place of `last` on these tasks; `validation` keeps the last evaluation's score.
-
-    A task keeps its validation scores if any finished run has no test score: runs on two sets are not compared.
-    """
-    done = finished(runs)
-    there = runs.task.isin({*tasks} - {*done.task[done.test.isna()]}) & runs.test.notna()
+def scored_on_test(runs: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
+    """The runs with the test score in place of `last` on these tasks; `validation` keeps the last evaluation's."""
+    there = runs.task.isin(tasks)
     scores = runs["last"].mask(there, runs.test)
     return runs.assign(validation=runs["last"].where(there), last=scores, test=runs.test.mask(there))
 
@@ -237,42 +233,23 @@ def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
     return pairs[["task", "seed"]].assign(difference=(pairs.last_x - pairs.last_y).round(9))
 
 
-def estimate(pairs: pd.DataFrame, pooled: pd.DataFrame | None = None) -> Estimate:
+def estimate(pairs: pd.DataFrame) -> Estimate:
     """The mean over tasks of the mean over seeds of paired differences.
 
     The tasks are strata: their variances add, and the degrees of freedom follow from Welch and Satterthwaite
-    (Biometrics Bulletin 2, 1946). Each task's variance is that of its own differences, or the one in `pooled`.
+    (Biometrics Bulletin 2, 1946).
     """
     groups = pairs.groupby("task", sort=False).difference
     mean, sizes = groups.mean().mean(), groups.size()
-    if pooled is None:
-        pooled = pd.DataFrame({"variance": groups.var(), "freedom": sizes - 1})
-    spread = pooled.loc[sizes.index]
-    parts = spread.variance / sizes / len(sizes) ** 2
+    parts = groups.var() / sizes / len(sizes) ** 2
     variance = parts.sum()
-    if not len(pairs) or spread.freedom.min() < 1 or variance < ROUNDING:
+    if not len(pairs) or sizes.min() < 2 or variance < ROUNDING:
         return Estimate(mean)
-    freedom = 1 / ((parts / variance) ** 2 / spread.freedom).sum()
+    freedom = 1 / ((parts / variance) ** 2 / (sizes - 1)).sum()
     return Estimate(mean, variance**0.5, freedom)
 
 
-def pooled_spread(runs: pd.DataFrame) -> pd.DataFrame:
-    """For each task the variance of a paired difference, pooled over all labels, and its degrees of freedom.
-
-    It is twice the residual variance of score = label + seed, the two-way layout of the task's runs.
-    """
-    spread = {}
-    for task, own in runs.groupby("task", sort=False):
-        dummies = pd.get_dummies(own[["label", "seed"]].astype(str), dtype=float).to_numpy()
-        scores = own["last"].to_numpy(float)
-        fitted, _, rank, _ = np.linalg.lstsq(dummies, scores)
-        freedom = len(own) - int(rank)
-        residual = float(((scores - dummies @ fitted) ** 2).sum())
-        spread[task] = (2 * residual / freedom if freedom > 0 else np.nan, freedom)
-    return pd.DataFrame(spread, ["variance", "freedom"]).T
-
-
-def student_t(runs: pd.DataFrame, column: str = "last") -> pd.DataFrame | None:
+def student_t(runs: pd.DataFrame) -> pd.DataFrame | None:
     """Fit a location for each label and task with Student-t errors; all labels of a task share one scale.
 
     Iterated reweighting with `FREEDOM` degrees of freedom: an outlying run counts little, and no run is left out. The
@@ -282,7 +259,7 @@ def student_t(runs: pd.DataFrame, column: str = "last") -> pd.DataFrame | None:
     Returns:
         For each label and task: `centre`, the location; its `variance`; `freedom`, the same for all.
     """
-    scores = runs[column].to_numpy(float)
+    scores = runs["last"].to_numpy(float)
     tasks, cells = runs.groupby("task"), runs.groupby(["label", "task"])
     task, cell = tasks.ngroup().to_numpy(), cells.ngroup().to_numpy()
     freedoms = (tasks.size() - tasks.label.nunique()).to_numpy()
@@ -319,19 +296,16 @@ def holm(p_values: list[float]) -> list[float]:
     return (ordered * np.arange(len(ordered), 0, -1)).clip(upper=1).cummax().sort_index().to_list()
 
 
-def seeds_for(points: float, spread: pd.DataFrame) -> int | None:
-    """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %); None without a spread, and if
-    a thousand do not suffice.
-
-    Args:
-        spread: see :func:`pooled_spread`.
+def seeds_for(points: float, pairs: pd.DataFrame) -> int | None:
+    """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %), by the standard deviations of
+    paired differences alone; None if a task has a single pair, all differences are equal or a thousand do not suffice.
     """
-    variance = spread.variance.sum(skipna=False) / len(spread) ** 2
+    tasks, variance = pairs.task.nunique(), pairs.groupby("task").difference.var().mean(skipna=False)
     if not variance > ROUNDING:
         return None
     for n in range(2, 1001):
-        quantiles = stats.t.ppf([0.975, 0.8], len(spread) * (n - 1)).sum()
-        if quantiles**2 * variance / n <= points**2:
+        quantiles = stats.t.ppf([0.975, 0.8], tasks * (n - 1)).sum()
+        if quantiles**2 * variance / (tasks * n) <= points**2:
             return n
     return None
 

@@ -24,7 +24,6 @@ from nlu.experiments.statistics import (
     fitted_difference,
     holm,
     paired,
-    pooled_spread,
     reference,
     student_t,
 )
@@ -44,20 +43,19 @@ def _figures(prefix: str, result: Estimate) -> dict[str, float]:
     return {f"{prefix}difference": result.mean, f"{prefix}low": low, f"{prefix}high": high}
 
 
-def score_frame(every: pd.DataFrame, against: Sequence[str] = (), pooled: bool = False) -> pd.DataFrame:
+def score_frame(every: pd.DataFrame, against: Sequence[str] = ()) -> pd.DataFrame:
     """One row for each method: scores in percent, the difference from its reference, and failed runs.
 
     Columns: `row`, `parameters`, `remaining` (after pruning), `runs`; for each task its mean and `TASK_std`, and if
     there are such scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average` (last evaluations) and
     `best` (best ones); `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by
-    the Student-t model, with `best_` by that of the best evaluations; `failed`, `failed_low`, `failed_high`.
+    the Student-t model, with `best_` over pairs of the best evaluations; `failed`, `failed_low`, `failed_high`.
 
     Args:
-        against: labels of the reference rows. pooled: whether intervals use the deviation pooled over all rows.
+        against: labels of the reference rows.
     """
     done = finished(every)
-    spread = pooled_spread(done) if pooled else None
-    models = {"t_": student_t(done), "best_": student_t(done, "best")}
+    fit = student_t(done)
     tasks = list(dict.fromkeys(done.task))
     rows = []
     for label, own in done.groupby("label", sort=False):
@@ -83,10 +81,10 @@ def score_frame(every: pd.DataFrame, against: Sequence[str] = (), pooled: bool =
         other = reference(done, label, against)
         pairs = paired(done, label, other)
         row["against"] = other or ""
-        row |= _figures("", estimate(pairs, spread))
-        for name, fit in models.items():
-            known = fit is not None and len(pairs)
-            row |= _figures(name, fitted_difference(fit, label, other, pairs.task.unique()) if known else Estimate())
+        known = fit is not None and len(pairs)
+        row |= _figures("", estimate(pairs))
+        row |= _figures("t_", fitted_difference(fit, label, other, pairs.task.unique()) if known else Estimate())
+        row |= _figures("best_", estimate(paired(done.assign(last=done.best), label, other)))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -94,12 +92,11 @@ def score_frame(every: pd.DataFrame, against: Sequence[str] = (), pooled: bool =
 def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
     """The question's claims, each with a row for all tasks and one per task; p is corrected for their number (Holm)."""
     done = finished(every)
-    spread = pooled_spread(done) if question.pooled else None
     measured = []
     for claim in question.claims:
         against = claim.against or reference(done, claim.label, question.against)
         pairs = paired(done, claim.label, against)
-        measured.append((claim, against, pairs, estimate(pairs, spread)))
+        measured.append((claim, against, pairs, estimate(pairs)))
     p_values = holm([result.p_value(claim.expect) for claim, *_, result in measured])
     rows = []
     for (claim, against, pairs, result), p in zip(measured, p_values, strict=True):
@@ -108,7 +105,7 @@ def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
         rows.append(named | {"task": ALL, "pairs": len(pairs)} | _figures("", result) | {"p_holm": p})
         rows[-1] |= {"verdict": verdict, "published": claim.published, "source": claim.source}
         for task, own in pairs.groupby("task", sort=False) if pairs.task.nunique() > 1 else ():
-            rows.append(named | {"task": task, "pairs": len(own)} | _figures("", estimate(own, spread)))
+            rows.append(named | {"task": task, "pairs": len(own)} | _figures("", estimate(own)))
     return pd.DataFrame(rows)
 
 

@@ -72,8 +72,9 @@ def test_question_has_no_table_before_its_last_run_has_ended_and_failed_ones_wer
         repeat = "" if more else f" To be repeated with seed + 100: {lost['run']}."
         assert f"11 of 12 runs (`configs/experiments/trial.yaml`). 1 run(s) failed.{repeat}\n" in page
         assert "| LoRA" not in page
-    make([*lines[:-1], lost, again], questions={"questions": [question]})
-    assert "| LoRA² k=8 |" in (tmp_path / "README.md").read_text()
+    for more, shown in (([], True), ([lines[0] | {"run": "next", "seed": 4}], False)):  # another seed has begun
+        make([*lines[:-1], lost, again, *more], questions={"questions": [question]})
+        assert ("| LoRA² k=8 |" in (tmp_path / "README.md").read_text()) == shown
 
 
 def test_question_whose_runs_have_all_failed_is_open(make, tmp_path):
@@ -122,10 +123,9 @@ def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
     row = scores(tmp_path).set_index("row").loc["LoRA² k=8"]
     assert [row[name] for name in ("mrpc", "mrpc_validation", "difference")] == pytest.approx([76.5, 90, 5])
     assert "MRPC validation" in (tmp_path / "README.md").read_text()
-    del lines[0]["test_scores"]  # one run without a test score: all are compared on the validation set
-    make(lines, questions={"questions": [question]})
-    row = scores(tmp_path).set_index("row").loc["LoRA² k=8"]
-    assert [row[name] for name in ("mrpc", "mrpc_test", "difference")] == pytest.approx([90, 76.5, 0])
+    del lines[0]["test_scores"]
+    make(lines, questions={"questions": [question | {"runs": 4}]})
+    assert "Measured so far: 3 of 4 runs" in (tmp_path / "README.md").read_text()
 
 
 def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):

@@ -6,7 +6,6 @@ import pytest
 from scipy import optimize, stats
 
 from nlu.errors import UsageError
-from nlu.experiments.claims import Claim, Question
 from nlu.experiments.comparison import chosen_rates
 from nlu.experiments.statistics import (
     FREEDOM,
@@ -18,12 +17,11 @@ from nlu.experiments.statistics import (
     holm,
     load_measured,
     paired,
-    pooled_spread,
     seeds_for,
     student_t,
     with_reruns,
 )
-from nlu.experiments.tables import claims_frame, score_frame
+from nlu.experiments.tables import score_frame
 from tests.nlu.measured_lines import line, write
 
 
@@ -69,24 +67,6 @@ def test_estimate_adds_the_variances_of_tasks_as_welch_does():
         assert np.isnan(estimate(unknown).interval).all()
 
 
-def test_pooled_spread_is_twice_the_residual_mean_square_of_the_two_way_layout():
-    table = np.array([[50.0, 52.0, 49.0], [53.0, 55.0, 51.0], [40.0, 44.0, 43.0]])  # label × seed
-    names = ("LoRA r=8", "LoRA² k=8", "AdaLoRA")
-    runs = frame_of({(name, "cola"): own / 100 for name, own in zip(names, table, strict=True)})
-    residuals = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    spread = pooled_spread(runs)
-    assert list(spread.loc["cola"]) == [pytest.approx(2 * (residuals**2).sum() / 4), 4]
-    pairs = paired(runs, "LoRA² k=8", "LoRA r=8")
-    result = estimate(pairs, spread)
-    assert result.error == pytest.approx((spread.variance["cola"] / 3) ** 0.5) and result.freedom == pytest.approx(4)
-    question = Question("", "", ["LoRA r=8"], [Claim("LoRA² k=8", "higher")], pooled=True)
-    for frame in (score_frame(runs, question.against, pooled=True), claims_frame(runs, question)):
-        row = frame.set_index("row").loc["LoRA² k=8"]
-        assert (row.low, row.high) == pytest.approx(result.interval)
-    both = runs[runs.label != "AdaLoRA"]  # for two labels: the variance of their differences
-    assert pooled_spread(both).variance["cola"] == pytest.approx(pairs.difference.var(ddof=1))
-
-
 def test_student_t_maximises_the_likelihood_and_a_failed_run_has_little_weight():
     scores = {"LoRA r=8": [0.50, 0.52, 0.49, 0.51, 0.10], "LoRA² k=8": [0.53, 0.55, 0.51, 0.54, 0.52]}
     runs = frame_of({(name, "cola"): own for name, own in scores.items()})
@@ -113,11 +93,12 @@ def test_holm_against_its_definition():
 
 
 def test_seeds_for_gives_a_power_of_eighty_percent():
-    variances = [1.0, 2.0]  # of two tasks
-    n = seeds_for(1.0, pd.DataFrame({"variance": variances}))
+    pairs = pd.DataFrame({"task": list("aaabbb"), "difference": [7.0, 8.0, 9.0, 0.0, 0.0, 6.0**0.5]})
+    n = seeds_for(1.0, pairs)
     threshold = stats.t.ppf(0.975, 2 * (n - 1))
-    power = stats.nct.sf(threshold, 2 * (n - 1), 1 / (sum(variances) / 4 / n) ** 0.5)
-    assert 0.78 < power < 0.84 and seeds_for(1.0, pd.DataFrame({"variance": [4.0, np.nan]})) is None
+    power = stats.nct.sf(threshold, 2 * (n - 1), 1 / ((1 + 2) / 4 / n) ** 0.5)  # the tasks' variances are 1 and 2
+    assert 0.78 < power < 0.84
+    assert seeds_for(1.0, pairs[:4]) is None and seeds_for(1.0, pairs[:0]) is None  # a single pair of b, and none
 
 
 @pytest.mark.parametrize(
