@@ -16,34 +16,21 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
-from loralib.allocator import check_schedule, most_important
+from loralib.allocator import check_schedule
 from loralib.training import check_optimizers
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
 
 
-class SortingAllocator(RankAllocator):
-    """peft's allocator, with the mask taken from sorted scores.
+class _Allocator(RankAllocator):
+    """peft's allocator, also for a budget that leaves nothing to prune: there peft's raises (its issue 2337)."""
 
-    peft takes its threshold from ``torch.kthvalue``, which raises if the budget leaves nothing to prune, and masks
-    every singular value that ties with the threshold. This one masks exactly as many as the budget requires.
-    """
-
-    @torch.no_grad()
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
         """Zero all but the ``budget`` most important singular values. Returns the parameter name of E -> kept ones."""
+        if budget < self.init_bgt:
+            return super().mask_to_budget(model, budget)
         ending = f"lora_E.{self.adapter_name}"
-        values = {name: p for name, p in model.named_parameters() if name.endswith(ending)}
-        kept = most_important(torch.cat([self._importance(name) for name in values]), budget)
-        masks = dict(zip(values, kept.split([len(p) for p in values.values()]), strict=True))
-        for name, mask in masks.items():
-            values[name].masked_fill_(~mask[:, None], 0.0)
-        return {name: mask.tolist() for name, mask in masks.items()}
-
-    def _importance(self, name: str) -> Tensor:
-        """Importance of the singular values of one layer, shape (r,): arXiv 2303.10512, eqs. 7 and 8."""
-        a, b = (self._element_score(name.replace("lora_E", other)) for other in ("lora_A", "lora_B"))
-        return self._element_score(name).view(-1) + a.mean(1) + b.mean(0)
+        return {name: [True] * len(p) for name, p in model.named_parameters() if name.endswith(ending)}
 
 
 class _Unregularised(AdaLoraModel):
@@ -71,7 +58,7 @@ class AdaLoraTraining:
         tuner.__class__ = _Unregularised
         self.tuner, self.adapter = tuner, tuner.trainable_adapter_name
         self.config = tuner.peft_config[self.adapter]
-        tuner.rankallocator = SortingAllocator(tuner.model, self.config, self.adapter)
+        tuner.rankallocator = _Allocator(tuner.model, self.config, self.adapter)
         self.layers = {name: module for name, module in tuner.model.named_modules()
                        if isinstance(module, AdaLoraLayer) and self.adapter in module.lora_E}  # fmt: skip
         self.steps_done = 0

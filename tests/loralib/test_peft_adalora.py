@@ -3,10 +3,9 @@
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners.adalora import RankAllocator
 
 from loralib.interop.export import main
-from loralib.interop.peft_adalora import AdaLoraTraining, SortingAllocator
+from loralib.interop.peft_adalora import AdaLoraTraining
 from tests.loralib.small import LowRankTrainer, encoder, trainable, training_arguments
 
 IDS = torch.tensor([[2, 7, 9, 3], [2, 4, 4, 3]])
@@ -39,21 +38,8 @@ def ranks(model):
     return [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
 
 
-def test_masks_are_those_of_peft_and_a_budget_that_prunes_nothing_masks_nothing():
-    """peft's issue 2337: its own allocator raises if nothing is pruned, because kthvalue rejects k = 0."""
-    found = []  # for each allocator: the masks for three budgets in turn, then the ranks
-    for allocator_class in (RankAllocator, SortingAllocator):
-        model = adalora()
-        allocator = allocator_class(model.base_model.model, model.peft_config["default"], "default")
-        generator = torch.Generator().manual_seed(2)
-        for name, p in model.base_model.model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(p, generator=generator)
-                allocator.exp_avg_ipt[name] = torch.rand(p.shape, generator=generator)
-                allocator.exp_avg_unc[name] = torch.rand(p.shape, generator=generator)
-        found.append([allocator.mask_to_budget(model.base_model.model, budget) for budget in (15, 9, 4)])
-        found[-1].append(ranks(model))
-    assert found[0] == found[1] and sum(found[1][-1]) == 4
+def test_a_budget_that_prunes_nothing_masks_nothing():
+    """peft's issue 2337: its own allocator raises there, because kthvalue rejects k = 0."""
     allocator = AdaLoraTraining(model := adalora(target_r=4)).tuner.rankallocator
     loss = model(input_ids=IDS, labels=torch.tensor([0, 1])).loss
     loss.backward()
