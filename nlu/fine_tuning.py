@@ -24,14 +24,13 @@ from nlu.data.splits import Data, describe, description_lines, reorder_labels, t
 from nlu.errors import UsageError, one_line, reason
 from nlu.experiments.records import publish_run
 from nlu.fast.sharding import without_accelerate_fsdp
-from nlu.json_yaml import read_json
 from nlu.methods.registry import METHODS, apply_without_weights
 from nlu.metrics import constant_loss
 from nlu.model import limit_length, load_config, load_model, set_precision, without_weights
 from nlu.runs.adapter import save_run_adapter, start_from_adapter, upload_adapter
 from nlu.runs.checkpoints import last_checkpoint
-from nlu.runs.digests import content_digests
-from nlu.runs.folder import RECORD, RunFolder
+from nlu.runs.folder import RunFolder
+from nlu.runs.identity import content_digests
 from nlu.runs.log import log_to, say
 from nlu.runs.processes import first_computes, is_first, start_processes, wait_for_all
 from nlu.runs.record import RunRecord, say_outcome, say_start
@@ -51,19 +50,20 @@ def run(arguments: Arguments, data: Data) -> None:
     start_processes(arguments.use_cpu)
     folder = RunFolder(arguments, first_computes(lambda: content_digests(arguments.values)))
     with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
-        state = first_computes(lambda: held.enter_context(folder.hold()))
+        state, previous = first_computes(lambda: held.enter_context(folder.hold()))
         if state == "finished":
             say(f"this run has finished already, in {folder.path}: give --overwrite_output_dir to run it again")
-            _publish(arguments, read_json(folder.path / RECORD))
+            _publish(arguments, previous)
         else:
-            _run_in(folder, state, arguments, data, held)
+            _run_in(folder, previous, arguments, data, held)
         if arguments.push_to_hub and is_first():
             upload_adapter(arguments)
 
 
-def _run_in(folder: RunFolder, state: str, arguments: Arguments, data: Data, held: contextlib.ExitStack) -> None:
+def _run_in(
+    folder: RunFolder, previous: dict[str, Any] | None, arguments: Arguments, data: Data, held: contextlib.ExitStack
+) -> None:
     """Carry out the run in its folder, which is changed only once all arguments have been accepted."""
-    previous = read_json(folder.path / RECORD) if state == "resume" else None
     if previous and previous["model_commit"]:  # a name on the hub may stand for other weights by now
         arguments = copy(arguments)
         arguments.model_revision = previous["model_commit"]
@@ -72,7 +72,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, data: Data, hel
     if is_first():
         if arguments.measured_dir:  # one that cannot be made shows now, not after the training
             Path(arguments.measured_dir).mkdir(parents=True, exist_ok=True)
-        folder.clean(state)
+        folder.clean(new=previous is None)
         held.enter_context(log_to(folder.path / "log" / "run.log", arguments.command))
         if arguments.report_to == "wandb":
             import wandb
@@ -86,7 +86,7 @@ def _run_in(folder: RunFolder, state: str, arguments: Arguments, data: Data, hel
     trainer.add_callback(record)
     record.write("running")
     say_start(record.fields, trainer)
-    resumes = state == "resume" and trainer.args.do_train
+    resumes = previous is not None and trainer.args.do_train
     run_recorded(trainer, record, last_checkpoint(folder.path / "model") if resumes else None)
 
 

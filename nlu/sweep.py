@@ -33,7 +33,7 @@ from nlu.experiments.experiment import Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.sweep_loop import Sweep
 from nlu.json_yaml import parse_yaml
-from nlu.runs.digests import INPUTS
+from nlu.runs.identity import INPUTS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,9 +72,9 @@ def run_sweep(args: argparse.Namespace) -> int:
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
     if args.only is not None:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
-    if args.command is None:  # a wrong flag shows now, not after hours; runs that differ only in seed are read once
-        for run in {str(run.arguments | {"seed": None}): run for run in experiment.runs}.values():
-            run.parse()
+    # A wrong flag shows now, not after hours; runs that differ only in seed are read once.
+    for run in {str(run.arguments | {"seed": None}): run for run in experiment.runs}.values():
+        run.parse()
     command = [sys.executable, os.path.relpath(RUN_GLUE)] if args.command is None else shlex.split(args.command)
     sweep = Sweep(experiment, args.measured_dir, args.output_dir, command)
     print(f"{experiment.name}: {experiment.description or 'no description'}")

@@ -31,7 +31,7 @@ from nlu.arguments import Arguments
 from nlu.command_line import as_words, parse_arguments
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import read_yaml
-from nlu.runs.digests import INPUTS
+from nlu.runs.identity import INPUTS
 
 # Only the last part of these paths is compared and recorded, so that records name no folder of this machine.
 _PATH_ARGUMENTS = tuple(name for name in INPUTS if name != "glue_dir")

@@ -17,7 +17,7 @@ from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.records import read_lines
 from nlu.methods.registry import METHODS
-from nlu.runs.folder import FREE, PREDICTING
+from nlu.runs.identity import FREE, PREDICTING
 from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a smaller gain is no reason to choose a method

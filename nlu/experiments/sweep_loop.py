@@ -12,12 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from nlu.errors import UsageError
-from nlu.experiments.experiment import Experiment, Run
+from nlu.experiments.experiment import Experiment, Run, portable
 from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLauncher
-from nlu.experiments.records import comparable, measured_line, read_lines, write_line
+from nlu.experiments.records import measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
-from nlu.runs.digests import content_digests
 from nlu.runs.files import locked
+from nlu.runs.identity import BATCH, changes, content_digests
 from nlu.runs.signals import handled_by
 
 _POLL_SECONDS = 0.1
@@ -57,13 +57,14 @@ class Sweep:
         return states
 
     def changes(self, run: Run, line: dict[str, Any]) -> str:
-        """How a line's arguments and content digests differ from the present ones; empty if they do not."""
-        old, new = line["asked"], comparable(run.arguments)
-        then, now = line.get("digests") or {}, content_digests(run.arguments)
-        changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-        found = [f"{name} {old.get(name)} → {new.get(name)}" for name in changed]
-        found += [f"other content of {flag}" for flag in now if then.get(flag, now[flag]) != now[flag]]
-        return ", ".join(found)
+        """How a line differs from the run that is asked for: names of arguments, and the contents of inputs."""
+        arguments = run.parse()
+        digests = content_digests(arguments.values)
+        arguments.values = portable(arguments.values)  # as the line's
+        changed = changes(arguments, digests, line)
+        # The rows of a step follow from these and the number of processes, which --command decides.
+        changed |= {name for name in BATCH if line["asked"].get(name) != run.arguments.get(name)}
+        return ", ".join(sorted(changed))
 
     def record_time(self, run: Run) -> int | None:
         """When the run's record was last written, in nanoseconds; None without a record."""

@@ -11,27 +11,16 @@ from typing import Any
 
 from loralib.adapter_folder import CONFIG_FILE
 from nlu.arguments import Arguments
-from nlu.command_line import DEFAULTS
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
-from nlu.json_yaml import finite, read_json
+from nlu.json_yaml import read_json
 from nlu.runs.checkpoints import UNFINISHED
 from nlu.runs.files import locked
+from nlu.runs.identity import PREDICTING, changes
 
 RECORD = "results.json"
 PARTS = ("model", "adapter", "predictions", "log", "rank_pattern.json", RECORD)  # the record is deleted last
 LOCK = ".lock"
-
-# Arguments that may differ when a run is resumed: the places of files, reporting, speed, and how the processes share a
-# batch. The rows of an optimiser step are compared instead.
-FREE = frozenset({
-    "cache_dir", "dataloader_num_workers", "glue_dir", "gradient_accumulation_steps", "hub_model_id",
-    "hub_private_repo", "measured_dir", "overwrite_output_dir", "per_device_eval_batch_size",
-    "per_device_train_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name",
-    "save_total_limit", "test_file", "total_batch_size", "train_file", "validation_file",
-})  # fmt: skip
-# Arguments that may be added to a finished run: it resumes from its last checkpoint, to predict.
-PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples"})
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class RunFolder:
         return Path(self.arguments.root_output_dir)
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[str]:
+    def hold(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """Lock the folder for this run, and yield its :meth:`state`. The lock ends with the process at the latest.
 
         A run that is refused leaves no new folder, so that the corrected command can start.
@@ -76,8 +65,10 @@ class RunFolder:
         with contextlib.suppress(OSError):
             (self.path / "model").rmdir()
 
-    def state(self) -> str:
-        """The state of the run: "new", "resume" (interrupted, or predictions are missing) or "finished".
+    def state(self) -> tuple[str, dict[str, Any] | None]:
+        """The state of the run, and its record so far.
+
+        The state is "new" (without a record), "resume" (interrupted, or predictions are missing) or "finished".
 
         Raises:
             UsageError: if the folder holds another run and --overwrite_output_dir is not given, or files without a
@@ -87,51 +78,30 @@ class RunFolder:
             previous = read_json(self.path / RECORD, "give --overwrite_output_dir to start the run again")
         except UsageError:
             if self.arguments.overwrite_output_dir:
-                return "new"
+                return "new", None
             raise
         if previous is None:
             own = [name for name in PARTS if name != "log" and (self.path / name).exists()]
             if own:
                 raise UsageError(f"{self.path} holds {own[0]} but no run's {RECORD}: name another --root_output_dir")
-            return "new"
-        differences, finished = self._differences(previous), previous.get("status") == "finished"
-        if self.arguments.overwrite_output_dir and (differences or finished):
-            return "new"
-        if differences:
+            return "new", None
+        changed = changes(self.arguments, self.digests, previous)
+        if previous.get("effective_batch_size") != effective_batch_size(self.arguments):
+            changed.add("rows of a step")
+        finished, other = previous.get("status") == "finished", sorted(changed - PREDICTING)
+        if self.arguments.overwrite_output_dir and (other or finished):
+            return "new", None
+        if other:
             raise UsageError(
-                f"{self.path} holds another run ({'; '.join(differences)}): restore those, name another "
+                f"{self.path} holds another run (other {', '.join(other[:5])}): restore those, name another "
                 "--root_output_dir, or give --overwrite_output_dir (sweep.py: --rerun_changed) to replace the run"
             )
-        return "finished" if finished and not self._lacks_predictions(previous) else "resume"
+        lacks_predictions = self.arguments.values.get("do_predict") and changed & PREDICTING
+        return "finished" if finished and not lacks_predictions else "resume", previous
 
-    def _differences(self, previous: dict[str, Any]) -> list[str]:
-        """How this run differs from the recorded one; an argument with a digest is compared by the digest alone.
-
-        An argument that the record's version did not have counts as left at its default. One that this version no
-        longer has is ignored.
-        """
-        old, new = previous.get("digests", {}), self.digests
-        compared = {*old, *new} - {"test_file", "published"}  # what --published selects is among the arguments
-        flags = sorted(f"--{flag}" for flag in compared if old.get(flag) != new.get(flag))
-        before = DEFAULTS | previous.get("arguments", {})
-        changed = {name for name, value in finite(self.arguments.values).items() if before.get(name) != value}
-        names = sorted(changed - FREE - PREDICTING - {*old, *new})
-        parts = [f"other contents of {', '.join(flags)}"] if flags else []
-        parts += [f"other {', '.join(names[:5])}"] if names else []
-        then, now = previous.get("effective_batch_size"), effective_batch_size(self.arguments)
-        return parts + ([f"{then} rows a step, not {now}"] if then != now else [])
-
-    def _lacks_predictions(self, previous: dict[str, Any]) -> bool:
-        """Whether predictions are requested that the recorded run did not make, or made from other test rows."""
-        asked, made, old = self.arguments.values, previous.get("arguments", {}), previous.get("digests", {})
-        if not asked.get("do_predict"):
-            return False
-        changed = any(made.get(name) != asked.get(name) for name in PREDICTING)
-        return changed or old.get("test_file") != self.digests.get("test_file")
-
-    def clean(self, state: str) -> None:
+    def clean(self, new: bool) -> None:
         """Delete half-written files, and what an earlier process predicted; for a new run, the whole previous run."""
-        for name in PARTS if state == "new" and (self.path / RECORD).exists() else ("predictions",):
+        for name in PARTS if new and (self.path / RECORD).exists() else ("predictions",):
             part = self.path / name
             shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink(missing_ok=True)
         shutil.rmtree(self.path / "model" / UNFINISHED, ignore_errors=True)

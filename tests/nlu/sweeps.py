@@ -18,14 +18,14 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from nlu.command_line import parse_arguments
 from nlu.experiments.launchers import LocalLauncher
 from nlu.experiments.records import read_lines
-from nlu.json_yaml import parse_yaml
-from nlu.runs.digests import content_digests
+from nlu.runs.identity import content_digests
 
 BASIC = {
     "name": "trial",
-    "base": {"model_name_or_path": "/models/encoder", "bf16": True},
+    "base": {"model_name_or_path": "/models/encoder", "do_train": True, "learning_rate": 1e-3},
     "grid": {"method": ["lora", "lora2"], "task_name": ["cola", "rte"], "seed": [1, 2]},
 }
 ONE = {"method": ["lora"], "task_name": ["cola"], "seed": [1]}
@@ -59,33 +59,31 @@ def without_processes(monkeypatch):
 
 
 def main(argv: list[str]) -> int:
-    flags = [word[2:].partition("=") for word in argv if word.startswith("--") and "=" in word]
-    args = {name: parse_yaml(value) for name, _, value in flags}
-    args["overwrite_output_dir"] = "--overwrite_output_dir" in argv
-    folder = Path(argv[argv.index("--root_output_dir") + 1])
+    args = parse_arguments(argv)
+    folder = Path(args.root_output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.json"
-    resumed = path.exists() and not args["overwrite_output_dir"]
+    resumed = path.exists() and not args.overwrite_output_dir
     # Highest at a learning rate of 2e-3, so that tuning has an optimum to find.
-    score = 0.7 - abs(math.log(args.get("learning_rate", 1e-3) / 2e-3)) / 100
+    score = 0.7 - abs(math.log(args.learning_rate / 2e-3)) / 100
     record = {
-        "task": args.get("task_name", "custom"),
-        "method": args["method"],
-        "seed": args["seed"],
-        "digests": content_digests(args),
+        "task": args.task_name or "custom",
+        "method": args.method,
+        "seed": args.seed,
+        "digests": content_digests(args.values),
         "metric": "accuracy",
         "last": score,
         "steps": 10,
         "evaluations": [{"step": 10, "loss": 0.5, "accuracy": score}],
         "adapter_params": 1000,
         "resumes": int(resumed),
-        "arguments": args,
+        "arguments": args.values,
     }
 
     def write(status: str, error: str | None = None) -> None:
         path.write_text(json.dumps({**record, "status": status, "error": error}))
 
-    behaviour = int(args.get("weight_decay", 0))
+    behaviour = int(args.weight_decay)
     if behaviour == 2:
         print("a warning", file=sys.stderr)
         print("error: target_rank 9 is larger than lora_r 8", file=sys.stderr)

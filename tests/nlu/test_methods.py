@@ -258,7 +258,7 @@ def test_regulariser_dropout_and_precision_are_those_of_the_flags(base_flags):
 
 def test_programs_set_threads_and_refuse_wrong_flags_before_importing_torch():
     """Idle threads spin only briefly; a wrong command line and the digests of a sweep's runs need no slow import."""
-    look = "import os, sys, nlu.run_glue, nlu.runs.digests; codes = [nlu.run_glue.main(['--method', 'lora3'])]\n"
+    look = "import os, sys, nlu.run_glue, nlu.runs.identity; codes = [nlu.run_glue.main(['--method', 'lora3'])]\n"
     look += "heavy = {'numpy'} & {*sys.modules}\n"
     look += "import nlu.compare, nlu.report, nlu.sweep\n"
     look += "codes += [each.main(['--lora3']) for each in (nlu.compare, nlu.report, nlu.sweep)]\n"

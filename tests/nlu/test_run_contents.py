@@ -12,24 +12,22 @@ import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from loralib.adapter_folder import has_tokenizer
-from nlu import command_line, fine_tuning
+from nlu import fine_tuning
 from nlu.arguments import Arguments
 from nlu.command_line import parse_arguments
 from nlu.errors import UsageError
 from nlu.run_glue import main
-from nlu.runs import digests
-from nlu.runs.digests import content_digests, file_digest
+from nlu.runs import identity
 from nlu.runs.folder import RunFolder
+from nlu.runs.identity import content_digests, file_digest
 from tests.nlu.tiny import make_rows, write_rows
 
 
 @pytest.fixture
-def arguments(encoder, tiny_glue, tmp_path, monkeypatch):
-    """Arguments of a run that reads copies of a model, GLUE, the user's own files and a method's file."""
+def arguments(encoder, tiny_glue, tmp_path):
+    """Arguments of a run that reads copies of a model, GLUE and the user's own files."""
     shutil.copytree(encoder, tmp_path / "model")
     shutil.copytree(tiny_glue, tmp_path / "glue")
-    (tmp_path / "lora.yaml").write_text("method: lora\nlora_r: 4\n")
-    monkeypatch.setattr(digests, "METHOD_FOLDER", tmp_path)
     for seed, name in enumerate(("train", "test")):
         write_rows(tmp_path / f"{name}.jsonl", make_rows(("sentence",), False, 24, seed))
     paths = {"model_name_or_path": "model", "glue_dir": "glue", "train_file": "train.jsonl", "test_file": "test.jsonl"}
@@ -59,72 +57,72 @@ FLIP = ('"label": 1', '"label": 0')
 
 
 @pytest.mark.parametrize(
-    ("status", "flag", "name", "change"),
-    [("finished", "glue_dir", "glue/cola/validation.jsonl", FLIP), ("interrupted", "method", "lora.yaml", ("4", "5"))],
+    ("status", "flag", "name"),
+    [("finished", "glue_dir", "glue/cola/validation.jsonl"), ("interrupted", "train_file", "train.jsonl")],
 )
-def test_other_contents_at_the_same_paths_are_another_run(arguments, tmp_path, status, flag, name, change):
+def test_other_contents_at_the_same_paths_are_another_run(arguments, tmp_path, status, flag, name):
     folder_of(arguments, tmp_path, status)
-    edit(tmp_path / name, *change)
-    with pytest.raises(UsageError, match=f"holds another run .other contents of --{flag}.*--overwrite_output_dir"):
+    edit(tmp_path / name, *FLIP)
+    with pytest.raises(UsageError, match=f"holds another run .other contents of {flag}.*--overwrite_output_dir"):
         folder_of(arguments, tmp_path).state()
-    assert folder_of(arguments, tmp_path, overwrite=True).state() == "new"
+    assert folder_of(arguments, tmp_path, overwrite=True).state()[0] == "new"
 
 
 def test_same_contents_at_other_paths_are_the_same_run(arguments, tmp_path):
     folder_of(arguments, tmp_path, "finished")
     moved = arguments | {"glue_dir": str((tmp_path / "glue").rename(tmp_path / "moved"))}
-    assert folder_of(moved, tmp_path).state() == "finished"
-    assert folder_of(moved, tmp_path, "interrupted", overwrite=True).state() == "resume"
+    assert folder_of(moved, tmp_path).state()[0] == "finished"
+    assert folder_of(moved, tmp_path, "interrupted", overwrite=True).state()[0] == "resume"
 
 
 def test_other_arguments_or_another_batch_size_are_another_run(arguments, tmp_path):
     folder_of(arguments | {"learning_rate": 1e-3, "seed": 1}, tmp_path, "interrupted")
     # The record lacks lora_dropout, as one of an older version: it counts as left at its default.
     same = arguments | {"learning_rate": 1e-3, "seed": 1, "report_to": ["wandb"], "lora_dropout": 0.0}
-    assert folder_of(same, tmp_path).state() == "resume"
+    assert folder_of(same, tmp_path).state()[0] == "resume"
     with pytest.raises(UsageError, match="other learning_rate"):
         folder_of(same | {"learning_rate": 2e-3}, tmp_path).state()
-    with pytest.raises(UsageError, match="8 rows a step, not 16"):
+    with pytest.raises(UsageError, match="other rows of a step"):
         folder_of(same, tmp_path, rows=16).state()
 
 
 def test_missing_predictions_of_a_finished_run_are_made_and_what_they_replace_is_deleted(arguments, tmp_path):
     folder_of(arguments, tmp_path, "finished")
     asked = arguments | {"do_predict": True}
-    assert folder_of(asked, tmp_path).state() == "resume"
+    assert folder_of(asked, tmp_path).state()[0] == "resume"
     folder_of(asked, tmp_path, "finished")
-    assert folder_of(asked, tmp_path).state() == folder_of(arguments, tmp_path).state() == "finished"
+    assert folder_of(asked, tmp_path).state()[0] == folder_of(arguments, tmp_path).state()[0] == "finished"
     edit(tmp_path / "glue/cola/test.jsonl", *FLIP)
-    assert folder_of(asked, tmp_path).state() == "resume"
+    assert folder_of(asked, tmp_path).state()[0] == "resume"
     for name in ("model", "adapter"):
         (tmp_path / "run" / name).mkdir()
     (tmp_path / "run/predictions").symlink_to(tmp_path / "glue")  # on another disk
     (tmp_path / "run/adapter/adapter_model.safetensors").touch()  # half an adapter: its configuration is written last
-    folder_of(asked, tmp_path).clean("resume")
+    folder_of(asked, tmp_path).clean(new=False)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "results.json"}  # no older test file's
 
 
 def test_which_folders_a_run_may_write_to(arguments, tmp_path):
     """Files that belong to no run are not replaced; leftovers of a killed run are no obstacle; one run at a time."""
     folder, run = folder_of(arguments, tmp_path), tmp_path / "run"
-    with folder.hold() as state:
+    with folder.hold() as (state, _):
         assert state == "new"
         with pytest.raises(UsageError, match="in use by another run"):
             folder_of(arguments, tmp_path, overwrite=True).hold().__enter__()
     assert not run.exists()  # nothing was written to it
     (run / "model").mkdir(parents=True)  # all that there is if a run was killed before its first record
-    with folder.hold() as state:
+    with folder.hold() as (state, _):
         assert state == "new"
     (run / "log").mkdir()
     (run / ".results.json.x1").write_text("{")
-    assert folder.state() == "new"
+    assert folder.state()[0] == "new"
     (run / "model").mkdir()
     with pytest.raises(UsageError, match="holds model but no run's"):
         folder_of(arguments, tmp_path, overwrite=True).state()
     (run / "results.json").write_text('{"status": ')
     with pytest.raises(UsageError, match=r"results\.json cannot be read.*--overwrite_output_dir"):
         folder.state()
-    assert folder_of(arguments, tmp_path, overwrite=True).state() == "new"
+    assert folder_of(arguments, tmp_path, overwrite=True).state()[0] == "new"
 
 
 def test_resumed_run_loads_the_same_commit_of_a_model_on_the_hub(base_flags, tmp_path, monkeypatch):
@@ -190,7 +188,7 @@ def test_every_file_of_a_tokenizer_is_recognised_and_in_the_digest(tmp_path):
         for name in names:
             (folder / name).touch()
         assert has_tokenizer(folder), names
-        assert [n for n in names if not any(map(Path(n).match, digests._MODEL_FILES))] == []
+        assert [n for n in names if not any(map(Path(n).match, identity._MODEL_FILES))] == []
 
 
 def test_changed_label_changes_the_digests_of_the_files_that_the_run_reads(tmp_path, tiny_glue):
@@ -217,7 +215,7 @@ def test_official_and_own_files_have_digests(tmp_path, monkeypatch):
     (tmp_path / "CoLA/dev.tsv").write_text("a")
     monkeypatch.setenv("GLUE_DIR", str(tmp_path))
     assert set(of(task_name="cola")) == {"glue_dir"}
-    assert of(task_name="mine") == of(task_name="mrpc") == {}
+    assert of(task_name="mrpc") == {}
     own = {f"{name}_file": tmp_path / f"{name}.csv" for name in ("train", "validation", "test")}
     assert of(**own) == {}  # missing files are reported when they are read
     for path in own.values():
@@ -230,34 +228,12 @@ def test_official_and_own_files_have_digests(tmp_path, monkeypatch):
     assert of(train_file="./renamed.csv") == before != of(train_file=moved.rename(tmp_path / "renamed.tsv"))
 
 
-def test_digest_of_a_configuration_depends_on_its_values_only(tmp_path, monkeypatch):
-    path, own, narrow = tmp_path / "method.yaml", tmp_path / "own.json", tmp_path / "narrow.yaml"
-    path.write_text("method: peft\npeft_config: {r: 1}\n")
-    own.write_text('{"r": 1}')
-    monkeypatch.setattr(digests, "METHOD_FOLDER", tmp_path)
-    digest, one = of(method="method"), of(peft_config=str(own))
-    path.write_text("# A comment\npeft_config: {r: 1}\nmethod: peft\n")
-    assert of(method="peft", method_config="method") == digest and set(digest) == {"method"}
-    edit(own, "1", "2")
-    assert of(peft_config=str(own)) != one
+def test_digest_of_a_configuration_file_depends_on_its_contents(tmp_path):
+    (tmp_path / "own.json").write_text('{"r": 1}')
+    one = of(peft_config=str(tmp_path / "own.json"))
+    edit(tmp_path / "own.json", "1", "2")
+    assert of(peft_config=str(tmp_path / "own.json")) != one
     assert of(peft_config='{"r": 1}') == {}  # JSON text is the argument itself
-    narrow.write_text("method: lora\nlora_r: 1\n")
-    path.write_text("method: lora2\nlora_k: match:narrow\n")
-    matched, given = of(method="method")["lora_k"], of(method="method", lora_k="match:narrow")["lora_k"]
-    edit(narrow, "1", "2")
-    assert of(method="method")["lora_k"] != matched == given
-
-
-def test_digest_of_published_settings_depends_on_the_tasks_file_as_far_as_the_method_reads_it(tmp_path, monkeypatch):
-    shutil.copytree(command_line.TASK_FOLDER, tmp_path / "tasks")
-    monkeypatch.setattr(command_line, "TASK_FOLDER", tmp_path / "tasks")
-    (tmp_path / "tasks/cola.yaml").write_text("roberta-large: {learning_rate: 1.0e-4, lora: {lora_r: 2}}\n")
-    given = {"task_name": "cola", "published": "roberta-large"}
-    lora, bitfit = of(**given, method="lora")["published"], of(**given, method="bitfit")["published"]
-    edit(tmp_path / "tasks/cola.yaml", "lora_r: 2", "lora_r: 4")
-    assert of(**given, method="lora")["published"] != lora and of(**given, method="bitfit")["published"] == bitfit
-    edit(tmp_path / "tasks/cola.yaml", "1.0e-4", "2.0e-4")
-    assert of(**given, method="bitfit")["published"] != bitfit
 
 
 # ---- digests that are computed once ---------------------------------------------------------------------------------
@@ -267,8 +243,8 @@ def test_file_digest_is_computed_once_and_again_after_a_change_that_keeps_size_a
     path = tmp_path / "weights"
     path.write_bytes(b"weights")
     digest, times = file_digest(path), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-    reads = digests._digest.cache_info().misses
-    assert file_digest(path) == digest and digests._digest.cache_info().misses == reads
+    reads = identity._digest.cache_info().misses
+    assert file_digest(path) == digest and identity._digest.cache_info().misses == reads
     time.sleep(0.02)  # the clock's resolution
     path.write_bytes(b"Weights")
     os.utime(path, ns=times)

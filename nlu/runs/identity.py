@@ -1,4 +1,4 @@
-"""SHA-256 digests of the contents that a run reads, so that a changed file under an unchanged path is noticed.
+"""Which run it is: its arguments, and SHA-256 digests of the contents that it reads under the paths among them.
 
 Nothing here imports torch or transformers.
 """
@@ -13,11 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nlu import METHOD_FOLDER
-from nlu.arguments import MATCH
-from nlu.command_line import published_settings
+from nlu.arguments import Arguments
+from nlu.command_line import DEFAULTS
 from nlu.data.glue import split_files
-from nlu.json_yaml import read_yaml
+from nlu.json_yaml import finite
 from nlu.tasks import TASKS
 
 INPUTS = (  # flags that name what a run reads
@@ -33,6 +32,32 @@ _MODEL_FILES = (
 )  # fmt: skip
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
+BATCH = frozenset({"gradient_accumulation_steps", "per_device_train_batch_size", "total_batch_size"})
+# Arguments that may differ in the same run: the places of files, reporting, the device, and how the processes share a
+# batch (the rows of an optimiser step are compared apart).
+FREE = BATCH | {
+    "cache_dir", "dataloader_num_workers", "glue_dir", "hub_model_id", "hub_private_repo", "measured_dir",
+    "overwrite_output_dir", "per_device_eval_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name",
+    "save_total_limit", "test_file", "train_file", "use_cpu", "validation_file",
+}  # fmt: skip
+# Changes for which a finished run resumes from its last checkpoint, to predict.
+PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples", "contents of test_file"})
+
+
+def changes(arguments: Arguments, digests: Mapping[str, str], record: Mapping[str, Any]) -> set[str]:
+    """How a run differs from a recorded one: the names of arguments, or "contents of" an argument that has a digest.
+
+    An argument that the record's version did not have counts as left at its default. One that this version no longer
+    has is ignored. Settings from a method's file or from --published are arguments like those of the command.
+
+    Args:
+        digests: from :func:`content_digests`. record: ``results.json``, or the line of a measured run.
+    """
+    then, now = DEFAULTS | record.get("arguments", {}), finite(arguments.values)
+    values = {name for name in {*now} - FREE - {*digests} if then.get(name) != now[name]}
+    recorded = record.get("digests", {})
+    return values | {f"contents of {flag}" for flag in INPUTS if digests.get(flag) != recorded.get(flag)}
+
 
 def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     """Flag name → digest of the contents that the flag names.
@@ -40,17 +65,15 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     A name on the hub and a path that does not exist have no digest. Digests do not depend on the files' folder.
 
     Args:
-        arguments: those of ``nlu/run_glue.py`` by name; missing ones count as not given.
+        arguments: the ``values`` of a run's ``Arguments``; missing ones count as not given.
 
     Returns:
         Digests of model_name_or_path (configuration, weights and tokenizer), lora_path (both files of the adapter),
         glue_dir (the task's training and validation files; with --holdout_fraction only the former), train_file,
-        validation_file, peft_config, method (the values in the method's file), lora_k (the rank in the file
-        that it matches), published (the settings it selects) and, with --do_predict, test_file (the test rows,
-        including those of GLUE's tasks).
+        validation_file, peft_config and, with --do_predict, test_file (the test rows, including those of GLUE's tasks).
 
     Raises:
-        OSError: if a file cannot be read. UsageError: if a method's file is damaged.
+        OSError: if a file cannot be read.
     """
     found = {}
     for flag, files in _files(arguments).items():
@@ -58,43 +81,29 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         own = Path(str(arguments.get(flag)))
         names = [file.suffix if file == own else file.name for file in files]
         if files:
-            found[flag] = _value_digest(sorted(zip(names, map(file_digest, files), strict=True)))
-    config = arguments.get("method_config") or arguments.get("method")
-    path = METHOD_FOLDER / f"{config}.yaml"
-    if path.is_file():  # only the values count: comments and the order of lines change no run
-        values = read_yaml(path)
-        found["method"] = _value_digest(values)
-        width = str(arguments.get("lora_k", values.get("lora_k")))
-        matched = METHOD_FOLDER / f"{width.removeprefix(MATCH)}.yaml"
-        if width.startswith(MATCH) and matched.is_file():
-            found["lora_k"] = _value_digest(read_yaml(matched).get("lora_r"))
-        if arguments.get("published") and arguments.get("task_name") in TASKS:
-            found["published"] = _value_digest(published_settings(arguments, values["method"]))
+            contents = sorted(zip(names, map(file_digest, files), strict=True))
+            found[flag] = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
     return found
 
 
 def _files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
     """Flag → the files whose contents make its digest."""
-    paths = {flag: str(arguments[flag]) for flag in INPUTS if arguments.get(flag)}  # in YAML a name may be a number
+    paths = {flag: arguments[flag] for flag in INPUTS if arguments.get(flag)}
     files = {flag: [Path(path)] for flag, path in paths.items() if os.path.isfile(path)}  # not JSON of --peft_config
     for flag, patterns in (("model_name_or_path", _MODEL_FILES), ("lora_path", _ADAPTER_FILES)):
         if flag in paths:
             found = {path for pattern in patterns for path in Path(paths[flag]).glob(pattern)}
             files[flag] = sorted(filter(Path.is_file, found))
     folder = paths.get("glue_dir") or os.environ.get("GLUE_DIR")
-    task = TASKS.get(str(arguments.get("task_name")))  # an experiment's own command may have other tasks
+    task = TASKS.get(arguments.get("task_name"))
     if folder and task:
         splits = [*task.train_splits, *([] if arguments.get("holdout_fraction") else task.validation_splits)]
         files["glue_dir"] = [file for split in splits for file in split_files(task, split, folder)]
-        tested = filter(None, [task, TASKS.get(str(arguments.get("predict_task")))])
+        tested = filter(None, [task, TASKS.get(arguments.get("predict_task"))])
         files["test_file"] = [file for t in tested for split in t.test_splits for file in split_files(t, split, folder)]
     if not arguments.get("do_predict"):
         files.pop("test_file", None)
     return files
-
-
-def _value_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
