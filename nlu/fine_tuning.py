@@ -21,7 +21,7 @@ from nlu.command_line import fit_schedule
 from nlu.data.batching import planned_steps
 from nlu.data.predictions import predict_splits
 from nlu.data.splits import Data, describe, description_lines, reorder_labels, tokenize
-from nlu.errors import UsageError, one_line, reason
+from nlu.errors import UsageError, reason
 from nlu.experiments.records import publish_run
 from nlu.fast.sharding import without_accelerate_fsdp
 from nlu.methods.registry import METHODS, apply_without_weights
@@ -149,12 +149,11 @@ def run_recorded(trainer: GlueTrainer, record: RunRecord, checkpoint: str | None
         if is_first() and arguments.save_strategy == "no":  # checkpoints served only to resume
             shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     except BaseException as error:
-        record.error = one_line(error)
         with contextlib.suppress(OSError):  # a full disk: the record stays as it was
             if isinstance(error, KeyboardInterrupt):
-                record.write("interrupted")
+                record.write("interrupted", error)
             else:
-                _publish(arguments, record.write("failed"))
+                _publish(arguments, record.write("failed", error))
         raise
     say_outcome(finished)
     _publish(arguments, finished)

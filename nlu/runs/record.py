@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import TrainerCallback
 from loralib import lora_layers
 from loralib.injection import module_type
 from nlu.data.batching import effective_batch_size
+from nlu.errors import one_line
 from nlu.json_yaml import finite
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
 from nlu.runs.files import write_json
@@ -21,11 +21,10 @@ from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions
 from nlu.runs.processes import is_first
 
 FORMAT_VERSION = 1
-_WRITE_INTERVAL = 10.0  # seconds between two writes while training
 
 
 class RunRecord(TrainerCallback):
-    """Collects the fields of ``results.json``; rank 0 writes the whole file each time.
+    """Collects the fields of ``results.json``; rank 0 writes it at the start, with each checkpoint and at the end.
 
     Args:
         trainer: the run's GlueTrainer. facts: further fields that are known before training.
@@ -35,8 +34,6 @@ class RunRecord(TrainerCallback):
     def __init__(self, trainer: Any, facts: dict[str, Any], previous: dict[str, Any] | None) -> None:
         arguments = trainer.arguments
         self.path, self.trainer = Path(arguments.root_output_dir) / RECORD, trainer
-        self.error: str | None = None
-        self._last_write = 0.0
         self._peak_before = previous["peak_memory_bytes"] if previous else 0  # of the processes that stopped
         self._environment = {"versions": versions(), "git_commit": COMMIT, "machine": machine(trainer.args.device)}
         task, ranks = trainer.task, trainer.applied.ranks
@@ -63,14 +60,14 @@ class RunRecord(TrainerCallback):
             self.fields |= {"started_at": previous["started_at"], "resumes": previous["resumes"] + 1}
             self.fields |= {name: previous[name] for name in self._environment}  # until this process trains
 
-    def write(self, status: str) -> dict[str, Any]:
+    def write(self, status: str, error: BaseException | None = None) -> dict[str, Any]:
         """Write the record with this status (running, finished, failed, interrupted), and return it."""
         evaluations, metric = self.evaluations(), self.trainer.task.metric
         best, best_step, last = best_and_last(evaluations, metric)
         record = finite({
             "format_version": FORMAT_VERSION,
             "status": status,
-            "error": self.error,
+            "error": None if error is None else one_line(error),
             **self.fields,
             "metric": metric,
             "best": best,
@@ -83,7 +80,6 @@ class RunRecord(TrainerCallback):
         })  # fmt: skip
         if is_first():
             write_json(self.path, record)
-        self._last_write = time.monotonic()
         return record
 
     def progress(self) -> dict[str, Any]:
@@ -122,10 +118,6 @@ class RunRecord(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.fields |= self._environment
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time.monotonic() - self._last_write > _WRITE_INTERVAL:
-            self.write("running")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.write("running")
