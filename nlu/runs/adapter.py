@@ -29,13 +29,10 @@ def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
     scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
     if trainer.applied.ranks is not None:
         write_json(folder / "rank_pattern.json", trainer.applied.ranks.rank_pattern)
-    source = Path(arguments.model_name_or_path)
     try:
         loralib.save_adapter(
             trainer.applied.model,
             folder / "adapter",
-            base_model=source.name if source.exists() else arguments.model_name_or_path,
-            base_revision=None if source.exists() else record["model_commit"] or arguments.model_revision,
             card={
                 "task": record["task"],
                 "method": record["method_config"],
