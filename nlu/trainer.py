@@ -317,10 +317,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     @property
     def weights_step(self) -> int:
         """The optimiser step whose weights the model holds: the last one, or the best checkpoint's after training."""
-        best = self.state.best_model_checkpoint
-        if not self.args.load_best_model_at_end or best is None:
-            return self.state.global_step
-        return int(Path(best).name.rpartition("-")[2])
+        loads_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None
+        return self.state.best_global_step if loads_best else self.state.global_step
 
 
 def trainer_arguments(arguments: Arguments, metric: str) -> TrainingArguments:
