@@ -42,7 +42,7 @@ class Predictor:
         """Class probabilities, or one predicted number, for each row; raises UsageError if any is not finite."""
         texts = [[row.values[column] for row in rows] for column in self.columns]
         encoded, too_long = encode(self.tokenizer, texts)
-        self.cut += len(too_long)
+        self.cut += too_long
         order = sorted(range(len(rows)), key=lambda i: len(encoded["input_ids"][i]), reverse=True)
         results: list[list[float]] = [[]] * len(rows)
         for start in range(0, len(order), batch_size):

@@ -145,9 +145,8 @@ def tokenize(task: Task, rows: Rows, tokenizer: Any) -> tuple[dict[str, Dataset]
     cut = dict.fromkeys(rows, 0)
 
     def encode_rows(batch: dict[str, list], split: str) -> dict[str, list]:
-        texts = [batch[field] for field in task.text_fields]
-        encoded, too_long = encode(tokenizer, texts)
-        cut[split] += len(too_long)
+        encoded, too_long = encode(tokenizer, [batch[field] for field in task.text_fields])
+        cut[split] += too_long
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     for split, dataset in rows.items():
@@ -185,20 +184,15 @@ def _labels(task: Task, dataset: Dataset) -> np.ndarray | None:
     return np.array([task.labels.index(word) for word in dataset.features["label"].names])[labels]
 
 
-def encode(tokenizer: Any, texts: Sequence[Sequence[str]]) -> tuple[Any, list[int]]:
-    """Tokenize one or two columns of texts, each row cut to the tokenizer's maximum.
-
-    Returns:
-        The encoding, and the indices of the rows that were cut.
-    """
+def encode(tokenizer: Any, texts: Sequence[Sequence[str]]) -> tuple[Any, int]:
+    """Tokenize one or two columns of texts, each row cut to the tokenizer's maximum; also returns how many were cut."""
     encoded = tokenizer(*map(list, texts), truncation=True)
-    max_length = tokenizer.model_max_length
-    full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= max_length]
+    full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= tokenizer.model_max_length]
     if not full:
-        return encoded, []
+        return encoded, 0
     whole = tokenizer(*([column[row] for row in full] for column in texts), verbose=False)["input_ids"]
     # A tokenizer returns a row whole if not even its special tokens fit.
-    return encoded, [row for row, ids in zip(full, whole, strict=True) if len(ids) > len(encoded["input_ids"][row])]
+    return encoded, sum(len(ids) > len(encoded["input_ids"][row]) for row, ids in zip(full, whole, strict=True))
 
 
 # ---- what the data are -----------------------------------------------------------------------------------------------
