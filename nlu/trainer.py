@@ -254,8 +254,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         If the last step is done or early stopping has ended the training, a resumed Trainer would train one step more.
         It also does not set the sampler's epoch when it skips the batches of a resumed epoch.
         """
-        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            self.control.should_training_stop = True
+        if self.control.should_training_stop:
             return
         self.train_sampler.set_epoch(epoch)
         super()._run_epoch(epoch=epoch, **kwargs)

@@ -88,12 +88,12 @@ class WholeCheckpoints:
         self.clock.before = progress["train_seconds"]
         self._total_loss_scalar = progress["logged_loss"]
         self._globalstep_last_logged = progress["last_logged_step"]
+        control = self.state.stateful_callbacks["TrainerControl"]["args"]
+        self.control.should_training_stop = control["should_training_stop"]
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
                 saved = self.state.stateful_callbacks[type(callback).__name__]["attributes"]
                 callback.early_stopping_patience_counter = saved["early_stopping_patience_counter"]
-                stops = callback.early_stopping_patience_counter >= callback.early_stopping_patience
-                self.control.should_training_stop = stops
         best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
         if best.is_dir():  # the run's folder may have moved
             self.state.best_model_checkpoint = str(best)
