@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from importlib.util import find_spec
 from typing import Any
@@ -28,6 +29,7 @@ def check_and_complete(args: Any, given: Collection[str], chosen: Collection[str
     if args.model_name_or_path is None:
         raise UsageError("--model_name_or_path is missing: give the encoder's folder, or its name on the hub")
     _check_method(args, given)
+    args.glue_dir = args.glue_dir or os.environ.get("GLUE_DIR")
     args.do_eval = args.do_eval or args.eval_strategy != "no"
     args.do_predict = args.do_predict or args.predict_task is not None
     if not (args.do_train or args.do_eval or args.do_predict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -96,7 +95,7 @@ def reorder_labels(task: Task, order: Sequence[str]) -> Task:
 
 
 def _load_glue(task: Task, splits: Sequence[str], arguments: Any) -> Rows:
-    source = arguments.glue_dir or os.environ.get("GLUE_DIR"), arguments.cache_dir
+    source = arguments.glue_dir, arguments.cache_dir
     return {split: _dataset(task, load_split(task, split, *source)) for split in splits}
 
 

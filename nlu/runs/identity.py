@@ -94,8 +94,7 @@ def _files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
         if flag in paths:
             found = {path for pattern in patterns for path in Path(paths[flag]).glob(pattern)}
             files[flag] = sorted(filter(Path.is_file, found))
-    folder = paths.get("glue_dir") or os.environ.get("GLUE_DIR")
-    task = TASKS.get(arguments.get("task_name"))
+    folder, task = paths.get("glue_dir"), TASKS.get(arguments.get("task_name"))
     if folder and task:
         splits = [*task.train_splits, *([] if arguments.get("holdout_fraction") else task.validation_splits)]
         files["glue_dir"] = [file for split in splits for file in split_files(task, split, folder)]

@@ -213,9 +213,8 @@ def test_changed_label_changes_the_digests_of_the_files_that_the_run_reads(tmp_p
 def test_official_and_own_files_have_digests(tmp_path, monkeypatch):
     (tmp_path / "CoLA").mkdir()
     (tmp_path / "CoLA/dev.tsv").write_text("a")
-    monkeypatch.setenv("GLUE_DIR", str(tmp_path))
-    assert set(of(task_name="cola")) == {"glue_dir"}
-    assert of(task_name="mrpc") == {}
+    assert set(of(task_name="cola", glue_dir=tmp_path)) == {"glue_dir"}
+    assert of(task_name="mrpc", glue_dir=tmp_path) == of(task_name="cola") == {}
     own = {f"{name}_file": tmp_path / f"{name}.csv" for name in ("train", "validation", "test")}
     assert of(**own) == {}  # missing files are reported when they are read
     for path in own.values():

@@ -47,7 +47,7 @@ def test_glue_dir_flag_overrides_the_environment(tiny_glue, monkeypatch):
     monkeypatch.setenv("GLUE_DIR", "nowhere")
     assert len(load(task_name="cola", glue_dir=str(tiny_glue)).rows["train"]) == 50
     with pytest.raises(UsageError, match="no train split of cola: looked for nowhere"):
-        load(task_name="cola", glue_dir="nowhere")
+        load(task_name="cola")
 
 
 def test_every_split_has_its_own_limit(tiny_glue):
