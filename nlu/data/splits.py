@@ -95,8 +95,8 @@ def reorder_labels(task: Task, order: Sequence[str]) -> Task:
 
 
 def _load_glue(task: Task, splits: Sequence[str], arguments: Any) -> Rows:
-    source = arguments.glue_dir, arguments.cache_dir
-    return {split: _dataset(task, load_split(task, split, *source)) for split in splits}
+    folder, cache = arguments.glue_dir, arguments.cache_dir
+    return {split: _dataset(task, load_split(task, split, folder, cache)) for split in splits}
 
 
 def _limit(rows: Rows, arguments: Any) -> Rows:
