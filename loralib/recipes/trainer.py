@@ -75,8 +75,9 @@ class LowRankTrainerMixin(_Trainer):
             tensors = {name: tensor.detach().contiguous() for name, tensor in trained_tensors(model).items()}
             save_file(tensors, folder / TRAINED_FILE, metadata={"format": "pt"})
             torch.save(self.low_rank.state_dict(), folder / STATE_FILE)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Overridden to read what :meth:`_save` writes."""

@@ -117,6 +117,11 @@ def test_another_revision_of_the_base_is_refused(tmp_path):
         with refused(r"weights are not those .*\(net, revision r1\)", other):
             load(other, folder)
     loralib.load_adapter(base, folder, allow_other_base=True)
+    loralib.start_from_adapter(start, folder, allow_other_base=True)
+    for other in (base, start):  # the head of `base` is the adapter's
+        ours, theirs = (loralib.lora_layers(each).values() for each in (model, other))
+        for one, two in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one.delta_weight(), two.delta_weight())
     torch.testing.assert_close(base(INPUTS), model(INPUTS), atol=0.1, rtol=0)
 
 

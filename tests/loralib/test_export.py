@@ -7,14 +7,16 @@ from functools import partial
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
+import transformers
+from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 import loralib
-from loralib.interop.export import main
+from loralib.interop.export import _class_for, main
 from loralib.interop.peft_format import export_peft, import_peft
 from tests.loralib.small import INPUTS, KINDS, Net, adapted, encoder, gpt2, refused
 from tests.loralib.test_adapter_folder import FOLDER
@@ -229,6 +231,12 @@ def test_peft_adapter_that_separated_tied_weights_is_refused(tmp_path):
     saved_by_peft(tmp_path / "theirs", gpt2(), config)
     with refused("transformer.wte.weight is a second name of a trained weight", base := gpt2()):
         import_peft(base, tmp_path / "theirs")
+
+
+def test_every_task_type_of_peft_names_a_class_to_import_with():
+    for task_type in TaskType:
+        name = _class_for(task_type.value, "", {})
+        assert issubclass(getattr(transformers, name), _BaseAutoModelClass), task_type
 
 
 @pytest.mark.parametrize(

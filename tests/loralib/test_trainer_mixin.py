@@ -75,7 +75,9 @@ def test_checkpoint_holds_only_trainable_parameters_and_for_peft_also_its_adapte
     model.get_base_model = peft.get_base_model  # a user's own model may have this method
     model = peft if wrapped else model
     args = training_arguments(tmp_path)
-    LowRankTrainer(model=model, args=args, low_rank=mock.Mock(state_dict=dict)).save_model(str(tmp_path / "saved"))
+    options = {"low_rank": mock.Mock(state_dict=dict), "data_collator": mock.Mock()}
+    LowRankTrainer(model=model, args=args, **options).save_model(str(tmp_path / "saved"))
+    options["data_collator"].tokenizer.save_pretrained.assert_called_with(tmp_path / "saved")
     saved = {path.name for path in (tmp_path / "saved").iterdir()}
     assert {TRAINED_FILE, "adapter_model.safetensors"} <= saved if wrapped else saved == {TRAINED_FILE, STATE_FILE}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
