@@ -169,19 +169,18 @@ def setting(every: pd.DataFrame) -> str:
     """A description of what was run, from the lines alone: model, length, row limits, seeds and processors."""
     done = finished(every)
     arguments = [DEFAULTS | own for own in done.arguments]
-    limits = {
-        f"at most {int(each[name]):,} {split} rows"
-        for each in arguments
-        for name, split in (("max_train_samples", "training"), ("max_eval_samples", "validation"))
-        if each[name]
-    }
+    limits = []
+    for name, split in (("max_train_samples", "training"), ("max_eval_samples", "validation")):
+        if given := [each[name] for each in arguments if each[name]]:
+            where = "" if len(given) == len(done) else " in some runs"
+            limits.append(f"at most {range_text(min(given), max(given))} {split} rows{where}")
     seeds = done.groupby(["label", "task"]).seed.nunique()
     epochs = sorted({each["num_train_epochs"] for each in arguments if each["max_steps"] <= 0})
     parts = [
         " and ".join(sorted(done.model.dropna().unique())),
         f"{range_text(epochs[0], epochs[-1], '{:g}'.format)} epochs" if epochs else "",
         f"{range_text(done.steps.min(), done.steps.max())} steps",
-        *sorted(limits),
+        *limits,
         f"{range_text(seeds.min(), seeds.max())} seed{'s' if seeds.max() > 1 else ''}",
         ", ".join(sorted({*done.processor} - {""})),
     ]
