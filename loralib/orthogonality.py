@@ -13,7 +13,7 @@ factors themselves and count once: the value is then AdaLoRA's.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -40,41 +40,47 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
     chosen = set(TERMS) if terms == "all" else set(terms.split("+"))
     if not chosen <= set(TERMS):
         raise ValueError(f"terms must be 'all' or some of {', '.join(TERMS)} joined by '+', got {terms!r}")
-    stacks: dict[tuple, dict[int, Tensor]] = defaultdict(dict)  # factors of one shape, each once
-    products: dict[tuple, list[list[Tensor]]] = defaultdict(list)  # the factors of products of equal shapes
+    groups: dict[tuple, list[nn.ParameterList]] = defaultdict(list)
     for layer in trained_svd_layers(model, "regularise").values():
-        for term, side in (("uv", list(layer.lora_B)), ("UV", list(layer.lora_A))):
-            if not chosen & {term, "PQ"}:
-                continue
-            counts = term in chosen or len(side) == 1
-            for factor in side:
-                stacks[(term, counts, factor.device, factor.shape)][id(factor)] = factor
-            if "PQ" in chosen and len(side) > 1:
-                products[(term, side[0].device, *(factor.shape for factor in side))].append(side)
+        for term, side in (("uv", layer.lora_B), ("UV", layer.lora_A)):
+            if chosen & {term, "PQ"}:
+                groups[(term, side[0].device, *(factor.shape for factor in side))].append(side)
+    counted: set[int] = set()  # layers of different ranks may share outer factors
     norms: list[Tensor] = []
-    grams: dict[int, Tensor] = {}  # id of a factor -> XᵀX
-    for (term, counts, device, _), factors in stacks.items():
+    for (term, device, *shapes), sides in groups.items():
+        with_product = "PQ" in chosen and len(shapes) > 1
         with without_autocast(device.type):  # Gram − I is a small difference
-            x = _stacked(term, factors.values())
-            gram = x.mT @ x
-            grams |= zip(factors, gram.unbind(), strict=True)
-            if counts:  # if outer < inner, only XXᵀ can be I
-                norms.append(_deviation(gram if x.shape[-1] <= x.shape[-2] else x @ x.mT, squared))
-    for (term, device, *_), sides in products.items():
-        with without_autocast(device.type):
-            outer, *inner = zip(*sides, strict=True)
-            gram = torch.stack([grams[id(factor)] for factor in outer])
-            for factors_of_all in inner:
-                x = _stacked(term, factors_of_all)
-                gram = x.mT @ gram @ x
-            norms.append(_deviation(gram, squared))
+            grams = _grams(sides, term == "UV", term in chosen or len(shapes) == 1, with_product, counted)
+            norms += [_deviation(gram, squared) for gram in grams]
     return regu_weight * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
 
 
-def _stacked(term: str, factors: Iterable[Tensor]) -> Tensor:
-    """Factors of one shape as one tensor (n, outer, inner): those of Q are transposed."""
-    x = torch.stack(list(factors))
-    return x.mT if term == "UV" else x
+def _grams(
+    sides: list[nn.ParameterList], wide: bool, with_factors: bool, with_product: bool, counted: set[int]
+) -> Iterator[Tensor]:
+    """Yield the Grams of the factors, each (n, s, s), then those of the products, for sides of equal shapes.
+
+    A side has its factors from the outermost inward; ``wide`` ones (A) are transposed, to be (outer, inner) like a B.
+    ``counted`` has the factors whose Grams were already yielded.
+    """
+    product = None
+    for factors in zip(*sides, strict=True):
+        unique = {id(factor): factor for factor in factors}
+        x = torch.stack(list(unique.values()))
+        x = x.mT if wide else x
+        inner = x.mT @ x
+        if with_factors:
+            own = inner if inner.shape[-1] <= x.shape[-2] else x @ x.mT  # if outer < inner, only XXᵀ can be I
+            # Not own[[…]]: a list of indices would be copied to the device in every step.
+            fresh = [gram for key, gram in zip(unique, own.unbind(), strict=True) if key not in counted]
+            yield torch.stack(fresh) if fresh else own[:0]
+            counted.update(unique)
+        if with_product:
+            rows = dict(zip(unique, (inner if product is None else x).unbind(), strict=True))
+            every = torch.stack([rows[id(factor)] for factor in factors])  # a shared factor has a copy for each side
+            product = every if product is None else every.mT @ product @ every
+    if product is not None:
+        yield product
 
 
 def _deviation(gram: Tensor, squared: bool) -> Tensor:
