@@ -351,7 +351,7 @@ def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, t
 
 
 def start_from_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], allow_other_base: bool = False
+    model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False
 ) -> AdapterConfig:
     """Start a training from the update of a saved adapter: copy its factors into the model's own low-rank layers.
 

@@ -49,7 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
     add("--slurm", action="append", default=[], metavar="KEY=VALUE",
         help="run on a Slurm cluster, with this parameter of submitit's executor; repeat as needed")  # fmt: skip
-    add("--command", help="what starts one run, such as 'torchrun --nproc_per_node 2 nlu/run_glue.py'")
+    add("--command", help="what starts one run, such as 'torchrun --nproc_per_node 2 nlu/run_glue.py'; "
+        "run_glue.py's flags are appended")  # fmt: skip
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (output)")
     return parser

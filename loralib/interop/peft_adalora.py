@@ -26,7 +26,10 @@ class _Allocator(RankAllocator):
     """peft's allocator, also for a budget that leaves nothing to prune: there peft's raises (its issue 2337)."""
 
     def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
-        """Zero all but the ``budget`` most important singular values. Returns the parameter name of E -> kept ones."""
+        """Zero all but the ``budget`` most important singular values, and those that tie with the best of the zeroed.
+
+        Returns the parameter name of E -> kept ones.
+        """
         if budget < self.init_bgt:
             return super().mask_to_budget(model, budget)
         ending = f"lora_E.{self.adapter_name}"

@@ -36,7 +36,7 @@ from loralib.adapter_folder import (
 from loralib.model_card import adapter_card
 
 PREFIX = "base_model.model."
-TASK_TYPES = {  # the end of a class's name in transformers -> peft's task type
+TASK_TYPES = {  # the end of a class's name in transformers, also of its Auto class -> peft's task type
     "SequenceClassification": "SEQ_CLS",
     "CausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",

@@ -95,6 +95,9 @@ class Reader:
         Raises:
             UsageError: for a bad row, for too many of them, or if no row is good.
         """
+        absent = next((name for name in (*text, *other) if name not in self.columns), None)
+        if absent is not None and self.kind not in ("json", "jsonl"):  # no row has it; in JSON each has its own columns
+            raise self.error(1, f"no column {absent!r}; the columns are {shown(self.columns)}")
         number, first = -1, None
         for number, (place, found) in enumerate(self._found):
             fault = found if isinstance(found, str) else self._fault(found, text, other, blank)

@@ -41,7 +41,7 @@ NOTES = f"""\
   is that of the labelled test set.
 - Difference: between runs of the same task and seed, averaged over the tasks, with its 95 % interval (Student's t, the
   tasks as strata), which covers only the variation between seeds. Student-t errors: the same difference by a model of
-  the same runs in which an outlying run counts little. Read both: neither replaces the other.
+  all runs, with one scale per task, in which an outlying run counts little. Read both: neither replaces the other.
 - Failed runs: those whose mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best
   constant answer (in records without training losses: no evaluation's loss is below 0.99 of it), with the exact
   interval of their rate (Clopper and Pearson). Where the number of runs was planned, a failed run is repeated once with
@@ -103,11 +103,12 @@ def still_open(question: Question, every: pd.DataFrame) -> str | None:
     Whoever sees a difference earlier may stop when it is favourable.
     """
     done = finished(every)
-    lost = every.failed & ~every.rerun & ~every.held_out & (question.runs > 0)
-    scored = (every.status == "finished") & ~(every.task.isin(question.test) & every.test.isna())
-    settled = every.held_out | (scored & ~lost)
+    complete = every.status == "finished"
+    lost = complete & every.failed & ~every.rerun & ~every.held_out & (question.runs > 0)  # they learned nothing
+    untested = complete & every.task.isin(question.test) & every.test.isna()
+    settled = every.held_out | (complete & ~lost & ~untested)
     planned = question.runs or len(every)
-    if len(done) and (not question.runs or settled.sum() == len(every) == planned):  # neither fewer nor other runs
+    if len(done) and not untested.any() and (not question.runs or settled.sum() == len(every) == planned):
         return None
     failed = f" {every.failed.sum()} run(s) failed." if every.failed.any() else ""
     again = f" To be repeated with seed + 100: {', '.join(every.run[lost])}." if lost.any() else ""

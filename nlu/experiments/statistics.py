@@ -300,12 +300,14 @@ def seeds_for(points: float, pairs: pd.DataFrame) -> int | None:
     """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %), by the standard deviations of
     paired differences alone; None if a task has a single pair, all differences are equal or a thousand do not suffice.
     """
-    tasks, variance = pairs.task.nunique(), pairs.groupby("task").difference.var().mean(skipna=False)
+    variances = pairs.groupby("task").difference.var()
+    variance = variances.mean(skipna=False) / max(1, len(variances))  # of the mean over tasks with one seed
     if not variance > ROUNDING:
         return None
+    freedom = variances.sum() ** 2 / (variances**2).sum()  # as in `estimate`, for each further seed
     for n in range(2, 1001):
-        quantiles = stats.t.ppf([0.975, 0.8], tasks * (n - 1)).sum()
-        if quantiles**2 * variance / (tasks * n) <= points**2:
+        quantiles = stats.t.ppf([0.975, 0.8], freedom * (n - 1)).sum()
+        if quantiles**2 * variance / n <= points**2:
             return n
     return None
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run, portable
 from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLauncher
 from nlu.experiments.records import measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.files import locked
-from nlu.runs.identity import BATCH, changes, content_digests
+from nlu.runs.identity import changes, content_digests
 from nlu.runs.signals import handled_by
 
 _POLL_SECONDS = 0.1
@@ -62,8 +63,12 @@ class Sweep:
         digests = content_digests(arguments.values)
         arguments.values = portable(arguments.values)  # as the line's
         changed = changes(arguments, digests, line)
-        # The rows of a step follow from these and the number of processes, which --command decides.
-        changed |= {name for name in BATCH if line["asked"].get(name) != run.arguments.get(name)}
+        # Without a total, the rows of a step follow from these and the number of processes, which --command decides.
+        then, parts = DEFAULTS | line["arguments"], ("per_device_train_batch_size", "gradient_accumulation_steps")
+        if arguments.total_batch_size is None:
+            changed |= {name for name in parts if arguments.values[name] != then[name]}
+        elif arguments.total_batch_size != line.get("effective_batch_size"):
+            changed.add("total_batch_size")
         return ", ".join(sorted(changed))
 
     def record_time(self, run: Run) -> int | None:

@@ -13,16 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nlu.arguments import Arguments
+from nlu import METHOD_FOLDER
+from nlu.arguments import MATCH, Arguments
 from nlu.command_line import DEFAULTS
 from nlu.data.glue import split_files
-from nlu.json_yaml import finite
+from nlu.json_yaml import finite, read_yaml
 from nlu.tasks import TASKS
 
 INPUTS = (  # flags that name what a run reads
     "model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir", "peft_config",
 )  # fmt: skip
-
+_DIGESTS = (*INPUTS, "lora_k")
 # The files that determine a model's outputs, without those that a training leaves beside them. A test compares the
 # tokenizers' files with transformers' classes. The list in loralib.adapter_folder is not used: it would import torch.
 _MODEL_FILES = (
@@ -32,13 +33,13 @@ _MODEL_FILES = (
 )  # fmt: skip
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-BATCH = frozenset({"gradient_accumulation_steps", "per_device_train_batch_size", "total_batch_size"})
 # Arguments that may differ in the same run: the places of files, reporting, the device, and how the processes share a
 # batch (the rows of an optimiser step are compared apart).
-FREE = BATCH | {
-    "cache_dir", "dataloader_num_workers", "glue_dir", "hub_model_id", "hub_private_repo", "measured_dir",
-    "overwrite_output_dir", "per_device_eval_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name",
-    "save_total_limit", "test_file", "train_file", "use_cpu", "validation_file",
+FREE = {
+    "cache_dir", "dataloader_num_workers", "glue_dir", "gradient_accumulation_steps", "hub_model_id",
+    "hub_private_repo", "measured_dir", "overwrite_output_dir", "per_device_eval_batch_size",
+    "per_device_train_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name", "save_total_limit",
+    "test_file", "total_batch_size", "train_file", "use_cpu", "validation_file",
 }  # fmt: skip
 # Changes for which a finished run resumes from its last checkpoint, to predict.
 PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples", "contents of test_file"})
@@ -56,7 +57,7 @@ def changes(arguments: Arguments, digests: Mapping[str, str], record: Mapping[st
     then, now = DEFAULTS | record.get("arguments", {}), finite(arguments.values)
     values = {name for name in {*now} - FREE - {*digests} if then.get(name) != now[name]}
     recorded = record.get("digests", {})
-    return values | {f"contents of {flag}" for flag in INPUTS if digests.get(flag) != recorded.get(flag)}
+    return values | {f"contents of {flag}" for flag in _DIGESTS if digests.get(flag) != recorded.get(flag)}
 
 
 def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
@@ -70,10 +71,11 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Digests of model_name_or_path (configuration, weights and tokenizer), lora_path (both files of the adapter),
         glue_dir (the task's training and validation files; with --holdout_fraction only the former), train_file,
-        validation_file, peft_config and, with --do_predict, test_file (the test rows, including those of GLUE's tasks).
+        validation_file, peft_config, lora_k (the rank in the method's file that it matches) and, with --do_predict,
+        test_file (the test rows, including those of GLUE's tasks).
 
     Raises:
-        OSError: if a file cannot be read.
+        OSError: if a file cannot be read. UsageError: if the file that lora_k matches is damaged.
     """
     found = {}
     for flag, files in _files(arguments).items():
@@ -82,7 +84,11 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         names = [file.suffix if file == own else file.name for file in files]
         if files:
             contents = sorted(zip(names, map(file_digest, files), strict=True))
-            found[flag] = hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+            found[flag] = _value_digest(contents)
+    width = str(arguments.get("lora_k"))
+    matched = METHOD_FOLDER / f"{width.removeprefix(MATCH)}.yaml"
+    if width.startswith(MATCH) and matched.is_file():
+        found["lora_k"] = _value_digest(read_yaml(matched).get("lora_r"))
     return found
 
 
@@ -103,6 +109,10 @@ def _files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:
     if not arguments.get("do_predict"):
         files.pop("test_file", None)
     return files
+
+
+def _value_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -78,6 +78,7 @@ def main(argv: list[str]) -> int:
         "adapter_params": 1000,
         "resumes": int(resumed),
         "arguments": args.values,
+        "effective_batch_size": args.total_batch_size or 4 * args.per_device_train_batch_size,  # of four processes
     }
 
     def write(status: str, error: str | None = None) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -225,6 +226,17 @@ def test_official_and_own_files_have_digests(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = of(train_file=moved)
     assert of(train_file="./renamed.csv") == before != of(train_file=moved.rename(tmp_path / "renamed.tsv"))
+
+
+def test_digest_of_a_matched_width_depends_on_the_rank_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "METHOD_FOLDER", tmp_path)
+    (tmp_path / "narrow.yaml").write_text("method: lora\nlora_r: 1\n")
+    matched = of(lora_k="match:narrow")
+    assert set(matched) == {"lora_k"} and of(lora_k=8) == {}
+    edit(tmp_path / "narrow.yaml", "1", "2")
+    args = SimpleNamespace(values={"lora_k": "match:narrow"})
+    record = {"arguments": args.values, "digests": matched}
+    assert identity.changes(args, of(**args.values), record) == {"contents of lora_k"}
 
 
 def test_digest_of_a_configuration_file_depends_on_its_contents(tmp_path):

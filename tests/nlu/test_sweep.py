@@ -56,6 +56,15 @@ def test_changed_arguments_are_refused_before_anything_starts_or_replaced_when_a
     assert code == 2 and "contents (learning_rate)" in err and "--rerun_changed" in err and err.count("\n") == 1
     assert len(lines_of(tmp_path)) == 4  # seed 2 was not started
     assert run_sweep(BASIC, "--set", "learning_rate=0.005", "--rerun_changed")[0] == 0
+    rows = BASIC | {"grid": ONE, "base": BASIC["base"] | {"learning_rate": 0.005}}
+    for earlier, new, changed in [
+        ("per_device_train_batch_size=8", "per_device_train_batch_size=16", "per_device_train_batch_size"),
+        ("total_batch_size=32", "total_batch_size=64", "total_batch_size"),
+        ("total_batch_size=32", "total_batch_size=32", ""),
+    ]:
+        assert run_sweep(rows, "--set", earlier, "--rerun_changed")[0] == 0
+        code, _, err = run_sweep(rows, "--set", new)
+        assert (code, f"contents ({changed})" in err) == ((2, True) if changed else (0, False))
     assert {line["asked"]["learning_rate"] for line in lines_of(tmp_path).values()} == {0.005}
     assert record_of(tmp_path, "lora-cola-seed=1")["arguments"]["overwrite_output_dir"] is True
 
