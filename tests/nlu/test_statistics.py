@@ -93,10 +93,10 @@ def test_holm_against_its_definition():
 
 
 def test_seeds_for_gives_a_power_of_eighty_percent():
-    pairs = pd.DataFrame({"task": list("aaabbb"), "difference": [7.0, 8.0, 9.0, 0.0, 0.0, 6.0**0.5]})
-    n = seeds_for(0.5, pairs)
-    freedom = (1 + 2) ** 2 / (1**2 + 2**2) * (n - 1)  # Welch and Satterthwaite; the tasks' variances are 1 and 2
-    power = stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, 0.5 / ((1 + 2) / 4 / n) ** 0.5)
+    pairs = pd.DataFrame({"task": list("aaabbb"), "difference": [7.0, 8.0, 9.0, 0.0, 0.0, 150.0**0.5]})
+    n = seeds_for(6.0, pairs)
+    freedom = (1 + 50) ** 2 / (1**2 + 50**2) * (n - 1)  # Welch and Satterthwaite; the tasks' variances are 1 and 50
+    power = stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, 6 / ((1 + 50) / 4 / n) ** 0.5)
     assert 0.78 < power < 0.84
     assert seeds_for(1.0, pairs[:4]) is None and seeds_for(1.0, pairs[:0]) is None  # a single pair of b, and none
 
