@@ -6,10 +6,11 @@ questions:
     against: [LoRA r=8, LoRA r=1]       # optional: each row is compared with the listed row that is closest in size
     claims:                             # optional, written down before the runs; labels as tables print them
       - {label: LoRA², expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"; against: a row
-    runs: 100                           # optional: nothing is shown until this many runs are finished; those that
-                                        # learned nothing count when they were repeated with seed + 100 (plan no
-                                        # such seeds), and in a tuning every run that has ended counts
-    test: [mrpc]                        # optional: tasks that are scored on their labelled test set
+    runs: 100                           # optional: nothing is shown until exactly this many runs are there, all
+                                        # finished; those that learned nothing count when they were repeated with
+                                        # seed + 100 (plan no such seeds), and in a tuning every run that has ended
+    test: [mrpc]                        # optional: tasks that are scored on their labelled test set; nothing is shown
+                                        # while a finished run lacks that score
 """
 
 from __future__ import annotations

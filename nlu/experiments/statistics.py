@@ -234,19 +234,23 @@ def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
 
 
 def estimate(pairs: pd.DataFrame) -> Estimate:
-    """The mean over tasks of the mean over seeds of paired differences.
-
-    The tasks are strata: their variances add, and the degrees of freedom follow from Welch and Satterthwaite
-    (Biometrics Bulletin 2, 1946).
-    """
+    """The mean over tasks, as strata, of the mean over seeds of paired differences."""
     groups = pairs.groupby("task", sort=False).difference
     mean, sizes = groups.mean().mean(), groups.size()
-    parts = groups.var() / sizes / len(sizes) ** 2
-    variance = parts.sum()
-    if not len(pairs) or sizes.min() < 2 or variance < ROUNDING:
+    if not len(pairs) or sizes.min() < 2:
         return Estimate(mean)
-    freedom = 1 / ((parts / variance) ** 2 / (sizes - 1)).sum()
-    return Estimate(mean, variance**0.5, freedom)
+    error, freedom = _error_of_strata(groups.var(), sizes)
+    return Estimate(mean) if error**2 < ROUNDING else Estimate(mean, error, freedom)
+
+
+def _error_of_strata(variances: pd.Series, sizes: pd.Series | int) -> tuple[float, float]:
+    """Standard error of the mean over tasks, from each task's variance and number of pairs, and degrees of freedom.
+
+    The variances of the tasks add; the degrees of freedom follow Welch and Satterthwaite (Biometrics Bulletin 2, 1946).
+    """
+    parts = variances / sizes / len(variances) ** 2
+    total = parts.sum()
+    return total**0.5, 1 / ((parts / total) ** 2 / (sizes - 1)).sum()
 
 
 def student_t(runs: pd.DataFrame) -> pd.DataFrame | None:
@@ -300,14 +304,12 @@ def seeds_for(points: float, pairs: pd.DataFrame) -> int | None:
     """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %), by the standard deviations of
     paired differences alone; None if a task has a single pair, all differences are equal or a thousand do not suffice.
     """
-    variances = pairs.groupby("task").difference.var()
-    variance = variances.mean(skipna=False) / max(1, len(variances))  # of the mean over tasks with one seed
-    if not variance > ROUNDING:
+    if np.isnan(estimate(pairs).error):
         return None
-    freedom = variances.sum() ** 2 / (variances**2).sum()  # as in `estimate`, for each further seed
+    variances = pairs.groupby("task").difference.var()
     for n in range(2, 1001):
-        quantiles = stats.t.ppf([0.975, 0.8], freedom * (n - 1)).sum()
-        if quantiles**2 * variance / n <= points**2:
+        error, freedom = _error_of_strata(variances, n)
+        if stats.t.ppf([0.975, 0.8], freedom).sum() * error <= points:
             return n
     return None
 

@@ -24,6 +24,7 @@ INPUTS = (  # flags that name what a run reads
     "model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir", "peft_config",
 )  # fmt: skip
 _DIGESTS = (*INPUTS, "lora_k")
+
 # The files that determine a model's outputs, without those that a training leaves beside them. A test compares the
 # tokenizers' files with transformers' classes. The list in loralib.adapter_folder is not used: it would import torch.
 _MODEL_FILES = (
