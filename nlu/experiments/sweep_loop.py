@@ -58,7 +58,7 @@ class Sweep:
         return states
 
     def changes(self, run: Run, line: dict[str, Any]) -> str:
-        """How a line differs from the run that is asked for: names of arguments, and the contents of inputs."""
+        """How a line differs from the run that is asked for: arguments, old → new, and the contents of inputs."""
         arguments = run.parse()
         digests = content_digests(arguments.values)
         arguments.values = portable(arguments.values)  # as the line's
@@ -69,7 +69,8 @@ class Sweep:
             changed |= {name for name in parts if arguments.values[name] != then[name]}
         elif arguments.total_batch_size != line.get("effective_batch_size"):
             changed.add("total_batch_size")
-        return ", ".join(sorted(changed))
+        values = [(name, then.get(name), arguments.values.get(name)) for name in sorted(changed)]
+        return ", ".join(f"{name} {old} → {new}" if old != new else name for name, old, new in values)
 
     def record_time(self, run: Run) -> int | None:
         """When the run's record was last written, in nanoseconds; None without a record."""

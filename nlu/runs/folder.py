@@ -86,8 +86,9 @@ class RunFolder:
                 raise UsageError(f"{self.path} holds {own[0]} but no run's {RECORD}: name another --root_output_dir")
             return "new", None
         changed = changes(self.arguments, self.digests, previous)
-        if previous.get("effective_batch_size") != effective_batch_size(self.arguments):
-            changed.add("rows of a step")
+        then, now = previous.get("effective_batch_size"), effective_batch_size(self.arguments)
+        if then != now:
+            changed.add(f"rows of a step: {then}, not {now}")
         finished, other = previous.get("status") == "finished", sorted(changed - PREDICTING)
         if self.arguments.overwrite_output_dir and (other or finished):
             return "new", None

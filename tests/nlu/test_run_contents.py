@@ -83,7 +83,7 @@ def test_other_arguments_or_another_batch_size_are_another_run(arguments, tmp_pa
     assert folder_of(same, tmp_path).state()[0] == "resume"
     with pytest.raises(UsageError, match="other learning_rate"):
         folder_of(same | {"learning_rate": 2e-3}, tmp_path).state()
-    with pytest.raises(UsageError, match="other rows of a step"):
+    with pytest.raises(UsageError, match="other rows of a step: 8, not 16"):
         folder_of(same, tmp_path, rows=16).state()
 
 

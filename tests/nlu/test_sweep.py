@@ -53,14 +53,14 @@ def test_a_second_sweep_runs_only_what_is_missing(run_sweep, tmp_path):
 def test_changed_arguments_are_refused_before_anything_starts_or_replaced_when_asked(run_sweep, tmp_path):
     run_sweep({**BASIC, "grid": {**BASIC["grid"], "seed": [1]}})
     code, _, err = run_sweep(BASIC, "--set", "learning_rate=0.005")
-    assert code == 2 and "contents (learning_rate)" in err and "--rerun_changed" in err and err.count("\n") == 1
+    assert code == 2 and "contents (learning_rate 0.001 → 0.005); pass --rerun_changed" in err and err.count("\n") == 1
     assert len(lines_of(tmp_path)) == 4  # seed 2 was not started
     assert run_sweep(BASIC, "--set", "learning_rate=0.005", "--rerun_changed")[0] == 0
     rows = BASIC | {"grid": ONE, "base": BASIC["base"] | {"learning_rate": 0.005}}
     for earlier, new, changed in [
-        ("per_device_train_batch_size=8", "per_device_train_batch_size=16", "per_device_train_batch_size"),
-        ("total_batch_size=32", "total_batch_size=64", "total_batch_size"),
-        ("total_batch_size=32", "total_batch_size=32", ""),
+        ("per_device_train_batch_size=8", "per_device_train_batch_size=16", "per_device_train_batch_size 8 → 16"),
+        ("total_batch_size=48", "total_batch_size=64", "total_batch_size 48 → 64"),
+        ("total_batch_size=48", "total_batch_size=48", ""),
     ]:
         assert run_sweep(rows, "--set", earlier, "--rerun_changed")[0] == 0
         code, _, err = run_sweep(rows, "--set", new)
