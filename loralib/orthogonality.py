@@ -44,7 +44,8 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
     for layer in trained_svd_layers(model, "regularise").values():
         for term, side in (("uv", layer.lora_B), ("UV", layer.lora_A)):
             if chosen & {term, "PQ"}:
-                groups[(term, side[0].device, *(factor.shape for factor in side))].append(side)
+                key = (term, side[0].device, *(factor.shape for factor in side))
+                groups[key].append(side)
     counted: set[int] = set()  # layers of different ranks may share outer factors
     norms: list[Tensor] = []
     for (term, device, *shapes), sides in groups.items():

@@ -236,11 +236,10 @@ def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
 def estimate(pairs: pd.DataFrame) -> Estimate:
     """The mean over tasks, as strata, of the mean over seeds of paired differences."""
     groups = pairs.groupby("task", sort=False).difference
-    mean, sizes = groups.mean().mean(), groups.size()
-    if not len(pairs) or sizes.min() < 2:
+    mean, variances, sizes = groups.mean().mean(), groups.var(), groups.size()
+    if not len(pairs) or sizes.min() < 2 or variances.max() < ROUNDING:
         return Estimate(mean)
-    error, freedom = _error_of_strata(groups.var(), sizes)
-    return Estimate(mean) if error**2 < ROUNDING else Estimate(mean, error, freedom)
+    return Estimate(mean, *_error_of_strata(variances, sizes))
 
 
 def _error_of_strata(variances: pd.Series, sizes: pd.Series | int) -> tuple[float, float]:
