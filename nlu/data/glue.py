@@ -9,7 +9,7 @@ from nlu.data.file_formats import Reader, Row, shown
 from nlu.errors import UsageError, reason
 from nlu.tasks import Task
 
-HUB_DATASET = "nyu-mll/glue"
+HUB_DATASET, _HUB_COMMIT = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _HIDDEN = (-1, "-1", "-1.0")  # the labels of test sets that hide them
 _FLOAT32_MAX = 3.4028234e38
@@ -89,7 +89,7 @@ def _from_hub(task: Task, split: str, cache_dir: str | None) -> dict[str, list]:
     from datasets import load_dataset  # imported here because it takes a second and only the hub needs it
 
     try:
-        rows = load_dataset(HUB_DATASET, task.name, split=split, cache_dir=cache_dir)
+        rows = load_dataset(HUB_DATASET, task.name, revision=_HUB_COMMIT, split=split, cache_dir=cache_dir)
         return rows.select_columns([*task.text_fields, "label", "idx"])[:]
     except Exception as error:  # the hub's client raises dozens of unrelated types, all meaning the same to the user
         raise UsageError(

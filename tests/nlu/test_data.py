@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -267,7 +268,9 @@ def test_the_hub_gives_the_same_columns(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or hub)
     asked = []
     found = load_split(TASKS["rte"], "train", cache_dir="cache")
-    assert asked == [(("nyu-mll/glue", "rte"), {"split": "train", "cache_dir": "cache"})]
+    (((name, config), options),) = asked
+    assert (name, config, options["split"], options["cache_dir"]) == ("nyu-mll/glue", "rte", "train", "cache")
+    assert re.fullmatch("[0-9a-f]{40}", options["revision"])  # a commit, which never changes
     assert found == {column: [row[column] for row in rows] for column in rows[0]}
 
 
