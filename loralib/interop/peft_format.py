@@ -171,6 +171,7 @@ def _write_peft(
 
 def _how_to_load(config: AdapterConfig) -> str:
     options = config.head_options() | {"ignore_mismatched_sizes": True}  # the base's head may have another size
+    options |= {"revision": config.base_revision} if config.base_revision else {}
     arguments = [repr(config.base_model or "BASE"), *(f"{name}={value!r}" for name, value in options.items())]
     name = config.architecture
     base = f"from transformers import {name}\n\nmodel = {name}.from_pretrained({', '.join(arguments)})"

@@ -84,12 +84,13 @@ def test_adapter_that_peft_would_load_wrongly_is_not_exported_but_loads_here(tmp
 
 
 def test_peft_export_records_the_revision_only_for_the_base_of_the_adapter(tmp_path):
-    model = adapted(k=2, lora_dropout=0.1)
+    model = adapted(modules=["query"], k=2, lora_dropout=0.1, model=encoder())
     folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1")
     for base, revision in ((None, "r1"), ("mine", None)):
         export_peft(folder, tmp_path / "peft", base)
         config = LoraConfig.from_pretrained(tmp_path / "peft")
         assert (config.base_model_name_or_path, config.revision, config.lora_dropout) == (base or "net", revision, 0.1)
+        assert ("revision='r1'" in (tmp_path / "peft/README.md").read_text()) == (base is None)
 
 
 def test_exports_keep_the_order_of_the_labels(tmp_path):
