@@ -12,13 +12,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from loralib.adapter_folder import has_tokenizer
-from loralib.interop.export import quiet_transformers
+from loralib.interop.export import model_folder, quiet_transformers
 from loralib.interop.precision import cast_frozen
 from nlu.arguments import Arguments
 from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
 from nlu.methods.method import head_modules, head_parameters
 from nlu.methods.registry import METHODS
+from nlu.runs.processes import first_computes
 from nlu.tasks import Task
 
 logger = logging.getLogger("nlu")
@@ -53,19 +54,24 @@ def choose_head(saved: Any, task: Task) -> tuple[tuple[str, ...] | None, str | N
 def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]:
     """The model's configuration, its tokenizer, and what its head was trained for, if that does not fit the task.
 
-    The configuration has the task's labels, in the head's order.
+    The configuration has the task's labels, in the head's order, and as `_commit_hash` the commit of a model on the hub
+    (None for a folder), from which :func:`load_model` then loads the weights.
 
     Raises:
         UsageError: if the model does not exist or cannot be read.
     """
     name = arguments.model_name_or_path
-    source = {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir, "trust_remote_code": False}
+    source = {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
     try:
-        config = AutoConfig.from_pretrained(name, **source)
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        # A branch may move between two loads: all processes load one commit.
+        folder = first_computes(lambda: model_folder(name, **source))
+        commit = source["revision"] = None if Path(name).exists() else folder.name
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **source)
     except Exception as error:  # a damaged file can raise any exception
         raise _unreadable(arguments, error) from None
-    check_tokenizer(tokenizer, name, "--model_name_or_path ")
+    config._commit_hash = commit
+    check_tokenizer(tokenizer, name, "--model_name_or_path ", **source)
     labels, unfit = choose_head(config, task)
     config.problem_type = "regression" if task.is_regression else None
     if labels is None:
@@ -91,13 +97,16 @@ def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
     return UsageError(f"--model_name_or_path {name}: {absent}{reason(error, 300)}")
 
 
-def check_tokenizer(tokenizer: Any, source: str, flag: str = "") -> None:
-    """Raises UsageError if the tokenizer cannot pad, or ``source`` is a folder without a tokenizer's files.
+def check_tokenizer(tokenizer: Any, source: str, flag: str = "", **options: Any) -> None:
+    """Raises UsageError if the tokenizer cannot pad, or ``source`` has no files of a tokenizer.
 
-    For such a folder transformers makes a tokenizer of special tokens alone, to which every text is unknown.
+    For such a source transformers makes a tokenizer of special tokens alone, to which every text is unknown.
+
+    Args:
+        options: with which the tokenizer was loaded.
     """
-    if Path(source).is_dir() and not has_tokenizer(source):
-        raise UsageError(f"{flag}{source} has no tokenizer: save it into that folder (tokenizer.save_pretrained)")
+    if not has_tokenizer(model_folder(source, **options)):
+        raise UsageError(f"{flag}{source} has no tokenizer: save it beside the model (tokenizer.save_pretrained)")
     if tokenizer.pad_token is None:
         raise UsageError(f"{flag}{source}: its tokenizer has no padding token: save a copy with pad_token set")
 
@@ -144,7 +153,7 @@ def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Modul
     try:
         with quiet_transformers():
             loaded, info = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, revision=arguments.model_revision, cache_dir=arguments.cache_dir,
+                name, config=config, revision=config._commit_hash, cache_dir=arguments.cache_dir,
                 dtype=torch.float32, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # a damaged file can raise any exception

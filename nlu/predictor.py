@@ -73,7 +73,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
         raise
     except Exception as error:  # damaged files raise exceptions of many unrelated types
         raise UsageError(f"{arguments.adapter or arguments.model}: {reason(error, 400)}") from None
-    check_tokenizer(tokenizer, source)
+    check_tokenizer(tokenizer, source, **revision)
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # no warning: rows are padded after sorting
     speed_up(model)
     limit_length(tokenizer, arguments.max_seq_length or card.get("max_seq_length") or 512, model)

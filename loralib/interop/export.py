@@ -99,6 +99,13 @@ def revision_of(name: str | None, revision: Any, source: str) -> dict[str, str]:
     return {"revision": str(revision)} if revision and name == source and not Path(source).exists() else {}
 
 
+def model_folder(source: str, **options: Any) -> Path:
+    """The folder with a model's files: ``source``, or in the hub's cache the folder that has the commit as its name."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(source, "config.json", **options)).parent
+
+
 def export_merged(
     adapter: str | os.PathLike[str],
     folder: str | os.PathLike[str],
@@ -148,7 +155,7 @@ def _processor(base: str, config: AdapterConfig) -> Any:
     except Exception:
         return None
     is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
-    return None if is_tokenizer and os.path.isdir(base) and not has_tokenizer(base) else processor
+    return None if is_tokenizer and not has_tokenizer(model_folder(base, **revision)) else processor
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import transformers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
@@ -15,13 +16,13 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from loralib.adapter_folder import has_tokenizer
 from nlu import fine_tuning
 from nlu.arguments import Arguments
-from nlu.command_line import parse_arguments
+from nlu.data.splits import tokenize
 from nlu.errors import UsageError
 from nlu.run_glue import main
 from nlu.runs import identity
 from nlu.runs.folder import RunFolder
 from nlu.runs.identity import content_digests, file_digest
-from tests.nlu.tiny import make_rows, write_rows
+from tests.nlu.tiny import changed, error_line, make_rows, read, write_rows
 
 
 @pytest.fixture
@@ -126,19 +127,26 @@ def test_which_folders_a_run_may_write_to(arguments, tmp_path):
     assert folder_of(arguments, tmp_path, overwrite=True).state()[0] == "new"
 
 
-def test_resumed_run_loads_the_same_commit_of_a_model_on_the_hub(base_flags, tmp_path, monkeypatch):
-    """A model name on the hub has no digest, but the record has the commit that was loaded."""
-    begun, seen = parse_arguments(base_flags).values, []
-    record = {"status": "interrupted", "model_commit": "a" * 40, "arguments": begun, "effective_batch_size": 8}
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/results.json").write_text(json.dumps(record | {"digests": content_digests(begun)}))
+def test_a_run_and_its_resumption_load_one_commit_of_a_model_on_the_hub(
+    base_flags, encoder, tmp_path, monkeypatch, capsys
+):
+    """The branch moves to a commit that cannot be loaded, between the configuration and the weights."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    first, cache = "a" * 40, tmp_path / "models--org--net"
+    snapshot, branch = shutil.copytree(encoder, cache / "snapshots" / first), cache / "refs/main"
+    branch.parent.mkdir()
+    branch.write_text(first)
+    monkeypatch.setattr(fine_tuning, "tokenize", lambda *args: branch.write_text("b" * 40) and tokenize(*args))
+    flags = [*changed(base_flags, model_name_or_path="org/net"), "--cache_dir", str(tmp_path)]
+    assert main(flags) == main([*flags, "--do_predict"]) == 0
+    record = read(flags)
+    assert record["resumes"] == 1 and record["model_commit"] == first
+    assert read(flags, "adapter/adapter_config.json")["base_revision"] == first
 
-    def load(arguments, task):
-        seen.append(arguments.model_revision)
-        raise UsageError("far enough")
-
-    monkeypatch.setattr(fine_tuning, "load_config", load)
-    assert main(base_flags) == 2 and seen == ["a" * 40]
+    for path in (path for name in ("*token*", "vocab*") for path in snapshot.glob(name)):
+        path.unlink()  # transformers would make a tokenizer of special tokens alone
+    branch.write_text(first)
+    assert main([*flags, "--overwrite_output_dir"]) == 2 and "org/net has no tokenizer" in error_line(capsys)
 
 
 # ---- digests --------------------------------------------------------------------------------------------------------
