@@ -13,7 +13,8 @@ with what tables and figures need is added to MEASURED_DIR/EXPERIMENT.jsonl, wit
 python nlu/report.py makes tables and figures from these lines.
 
 If a finished run had arguments that the file no longer gives, or a model, data or files whose contents have changed,
-the sweep does not start; --rerun_changed replaces such runs.
+the sweep does not start; --rerun_changed replaces such runs. A model on the hub that has changed does not stop it: each
+run keeps the commit that it began with, and the report gives the runs of another commit a row of their own.
 
 The top of nlu/experiments/experiment.py explains the format of an experiment file.
 """

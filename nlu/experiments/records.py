@@ -25,10 +25,10 @@ PLACE_ARGUMENTS = (
     "glue_dir", "cache_dir", "root_output_dir", "overwrite_output_dir", "dataloader_num_workers", "use_cpu",
 )  # fmt: skip
 COPIED = (
-    "metric", "best", "best_step", "last", "test_scores", "steps", "weights_step", "model", "adapter_params",
-    "head_params", "total_params", "live_adapter_params", "initial_budget", "final_budget", "live_budget",
-    "effective_batch_size", "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at", "versions",
-    "machine", "git_commit", "module_ranks", "digests", "constant_loss", "rate_sum",
+    "metric", "best", "best_step", "last", "test_scores", "steps", "weights_step", "model", "model_commit",
+    "adapter_params", "head_params", "total_params", "live_adapter_params", "initial_budget", "final_budget",
+    "live_budget", "effective_batch_size", "train_seconds", "seconds_per_step", "peak_memory_bytes", "started_at",
+    "versions", "machine", "git_commit", "module_ranks", "digests", "constant_loss", "rate_sum",
 )  # fmt: skip
 
 

@@ -96,7 +96,9 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         "processor": line.get("machine", {}).get("cpu", ""),
         "training_loss_end": np.mean(line["training_loss"][-2:]) if line.get("training_loss") else np.nan,
         "data": json.dumps(data),
-        "settings": kept | {"effective_batch_size": line.get("effective_batch_size"), "contents": checksum},
+        "settings": kept
+        | {name: line.get(name) for name in ("effective_batch_size", "model_commit")}
+        | {"contents": checksum},
         "last": None,  # a line has fractions
         "best": None,
     }

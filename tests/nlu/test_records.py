@@ -19,7 +19,7 @@ from tests.nlu.measured_lines import line
 
 
 def test_measured_line_has_the_results_of_a_real_run(finished):
-    record = finished[1]
+    record = finished[1] | {"model_commit": "c0ffee"}
     axes = {"method": "lora2", "task_name": "cola", "seed": 3}
     made = measured_line(Run("lora2-cola-seed=3", axes, {**axes, "max_steps": 6}), record)
     assert (made["label"], made["task"], made["seed"]) == ("LoRA²", "cola", 3)
@@ -34,7 +34,7 @@ def test_measured_line_has_the_results_of_a_real_run(finished):
     assert made["rate_sum"] == pytest.approx(sum(every))
     norms = [layer.delta_weight().norm().item() for layer in loralib.lora_layers(finished[3].model).values()]
     assert made["delta_norm"] == pytest.approx(sum(norms) / len(norms), rel=1e-4)
-    assert {"versions", "git_commit", "live_budget", "adapter_params", "train_seconds"} <= made.keys()
+    assert {"versions", "git_commit", "model_commit", "live_budget", "adapter_params", "train_seconds"} <= made.keys()
     assert made["live_budget"] < made["initial_budget"]
     pattern = json.loads((finished[0] / "rank_pattern.json").read_text())
     assert made["module_ranks"] == {name: sum(live) for name, live in pattern.items()}

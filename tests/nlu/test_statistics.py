@@ -221,6 +221,7 @@ def test_seeds_with_other_settings_or_data_are_not_averaged():
         assert labels(rates[0], rates[1] | {"status": status}) == ["LoRA, learning_rate=1", "LoRA, learning_rate=2"]
     for name in ("glue_dir", "model_name_or_path", "lora_path", "peft_config"):
         assert len(set(labels({"digests": {name: "a"}}, {"digests": {name: "b"}}))) == 2
+    assert labels({}, {"model_commit": "c0ffee"}) == ["LoRA, model_commit=None", "LoRA, model_commit=c0ffee"]
     assert len(set(labels({"effective_batch_size": 8}, {"effective_batch_size": 32}))) == 2
     assert labels({"arguments": {"lora_r": 4}}, {"arguments": {}}) == ["LoRA, lora_r=4", "LoRA, lora_r=8"]
     assert labels({"arguments": {"logging_steps": 5}}, {"arguments": {"report_to": ["wandb"]}}) == ["LoRA"] * 2
