@@ -57,7 +57,8 @@ def save_adapter(
     Args:
         folder: an adapter's files in it are replaced; other files stay.
         base_model, base_revision: name and revision of the base on the hub, only recorded; by default those in the
-            ``config`` of a transformers model. If the name is a path, only its last part is recorded.
+            ``config`` of a transformers model (5.24 writes no revision there). If the name is a path, only its last
+            part is recorded.
         card: JSON values, recorded under "card"; task, method, metric, score and notes are also shown in README.md.
         save_tokenizer: called to write the tokenizer's files into the folder too, e.g. ``tokenizer.save_pretrained``.
 
