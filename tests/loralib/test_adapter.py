@@ -22,14 +22,17 @@ from tests.loralib.small import INPUTS, KINDS, Net, adapted, encoder, gpt2, rand
 @pytest.mark.parametrize("kind, options", KINDS)
 def test_every_kind_reloads_with_bfloat16_frozen_weights_and_its_lora_alpha(tmp_path, kind, options):
     model, again = adapted(kind, **options), Net()
-    for layer in loralib.lora_layers(model).values():
-        layer.lora_alpha *= -0.5  # subtracts the update
+    for number, layer in enumerate(loralib.lora_layers(model).values()):
+        layer.lora_alpha, layer.lora_dropout.p = -0.5 * layer.lora_alpha * (1 + number % 2), number % 3 / 10
+        assert layer.scaling < 0  # subtracts the update
     cast_frozen(model, torch.bfloat16)
     loralib.load_adapter(again, loralib.save_adapter(model, tmp_path / "a"))
     cast_frozen(again, torch.bfloat16)
     assert torch.equal(again(INPUTS), model(INPUTS))
-    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+    assert str(again) == str(model)  # with the classes, alphas and dropouts
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+    for layer in loralib.lora_layers(again).values():  # a pruned singular value gets no gradient
+        assert layer.lora_E is None or not layer.lora_B[-1][:, layer.lora_E == 0].any()
     loralib.save_adapter(again, tmp_path / "b")
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert files[0] == files[1]
@@ -68,6 +71,9 @@ def test_buffers_load_into_a_plain_and_into_an_injected_model(tmp_path, norm_tra
     assert all(one is other for one, other in zip(before, injected.parameters(), strict=True))
     configs = (loralib.read_adapter_config(each) for each in (folder, loralib.save_adapter(injected, tmp_path / "b")))
     assert next(configs).groups == next(configs).groups
+    before = loralib.base_fingerprint(injected)
+    injected[1].running_mean += 1
+    assert loralib.base_fingerprint(injected) != before
 
 
 # ---- ranks ----------------------------------------------------------------------------------------------------------
@@ -106,7 +112,8 @@ def test_compacted_layers_train_merge_save_and_load(kind, options, tmp_path):
 # ---- the base -------------------------------------------------------------------------------------------------------
 
 
-def test_another_revision_of_the_base_is_refused(tmp_path):
+def test_another_revision_of_the_base_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("loralib.fingerprint._CHUNK", 7)
     model, base = adapted(k=2), Net()
     folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1")
     with torch.no_grad():

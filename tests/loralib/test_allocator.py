@@ -134,10 +134,13 @@ def test_ties_keep_the_later_names_and_indices_for_any_order_of_modules(order):
     assert budget % 4 and live == [False] * (12 - budget) + [True] * budget
 
 
-@pytest.mark.parametrize("shape, changes", [({"count": 2}, {}), ({"widths": (2,)}, {}), ({}, {"beta1": 0.5})])
+@pytest.mark.parametrize("shape, changes", [
+    ({"count": 2}, {}), ({"widths": (2,)}, {}), ({}, {"importance": "full"}),
+    *(({}, {name: value / 2 if value < 1 else value - 1}) for name, value in {"target_rank": 2, **SCHEDULE}.items()),
+])  # fmt: skip
 def test_a_state_of_other_layers_or_settings_is_refused(shape, changes):
     state = allocator_of(model_to_prune(**shape), **changes).state_dict()
-    with refused("has beta1 = 0.5" if changes else "other layers"):
+    with refused("".join(f"has {name} = {value}" for name, value in changes.items()) or "other layers"):
         allocator_of(model_to_prune()).load_state_dict(state)
 
 

@@ -120,6 +120,7 @@ def test_inject_freezes_all_but_the_factors_and_unfreezes_none():
     loralib.inject(model, "lora", ["value"])
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 5 + 2 * 2 - 1 and all(".lora_" in name for name in trained)
+    assert set(loralib.compact(model).values()) == {8}  # no singular value counts as pruned before it is trained
 
 
 def test_inject_warns_if_share_outer_shares_nothing():

@@ -62,3 +62,5 @@ def test_orthonormal_factors_give_zero_and_are_not_moved_by_their_rounding_error
     value = loralib.compute_orth_regu(model, 1.0, squared=squared)
     value.backward()
     assert value.item() == 0 and all(torch.equal(f.grad, torch.zeros_like(f)) for f in matrices_of(model))
+    matrices_of(model)[0].data *= 1 + 1e-5  # is more than rounding
+    assert loralib.compute_orth_regu(model, 1.0, squared=squared) > 0

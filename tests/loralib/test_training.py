@@ -212,10 +212,15 @@ def test_layer_keeps_its_scores_while_it_is_frozen():
         if step == 3:
             first.requires_grad_(False).zero_grad()
             frozen, trained, _ = training.allocator.importance_scores()
+            saved = training.state_dict()
         random_step(model, torch.Generator().manual_seed(step))
         training.after_step()
     scores = training.allocator.importance_scores()
     assert torch.equal(scores[0], frozen) and not torch.equal(scores[1], trained)
+    for _ in range(2):  # a state that is kept in memory does not change with the training
+        training.load_state_dict(saved)
+        assert torch.equal(training.allocator.importance_scores()[1], trained)
+        training.after_step()
 
 
 class Reader(nn.Module):
