@@ -41,7 +41,8 @@ SORA = "--max_steps 6 --eval_steps 3 --method sora --lora_alpha 32 --sora_lambda
 CASES = {
     "exact factors, own learning rate of the head": (f"{STEPS} {PLUS}", 6),
     "epochs": (f"{EPOCHS} --save_strategy epoch", 7),
-    "best model at the end": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True", 8),
+    "only the best checkpoint": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True --save_total_limit 1", 8),
+    "early stopping at step 9": (STOPPED, 7),
 }
 SLOW_CASES = {
     "within an epoch, evaluation and saving at different steps": (f"{STEPS} --eval_steps 5 --value_lr_ratio 4", 8),
@@ -53,10 +54,7 @@ SLOW_CASES = {
     "bfloat16, in the warm-up": (f"{STEPS} {HALF} --lr_scheduler_type cosine --warmup_steps 4", 2),
     "after the last step, SoRA": (f"{STEPS} {SORA}", 6),
     "saved before the epoch is evaluated": (f"{EPOCHS} --save_steps 7 --method lora", 7),
-    "early stopping at step 9": (STOPPED, 7),
-    "stopped early": (STOPPED, 9),
     "after the last step, best model": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True", 10),
-    "only the best checkpoint": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True --save_total_limit 1", 8),
 }
 
 

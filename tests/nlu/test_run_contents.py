@@ -102,6 +102,10 @@ def test_missing_predictions_of_a_finished_run_are_made_and_what_they_replace_is
     (tmp_path / "run/adapter/adapter_model.safetensors").touch()  # half an adapter: its configuration is written last
     folder_of(asked, tmp_path).clean(new=False)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"model", "results.json"}  # no older test file's
+    for name in ("adapter", "predictions", "log", "rank_pattern.json", "mine"):
+        (tmp_path / "run" / name).mkdir()
+    folder_of(asked, tmp_path).clean(new=True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
 
 
 def test_which_folders_a_run_may_write_to(arguments, tmp_path):
@@ -172,8 +176,10 @@ def test_digest_of_a_model_depends_on_its_files_and_not_on_its_path(tmp_path):
     (one / "optimizer.pt").write_text("no part of the model")
     (one / "training_args.bin").write_text("nor this")
     assert of(model_name_or_path=one) == digest
-    (one / "tokenizer.json").write_text("[]")
-    assert of(model_name_or_path=one) != digest
+    for name in ("tokenizer.json", "config.json", "pytorch_model.bin"):
+        (one / name).write_text("[]")
+        assert of(model_name_or_path=one) != digest
+        digest = of(model_name_or_path=one)
     assert of(model_name_or_path="org/name-on-the-hub") == of(model_name_or_path=tmp_path) == of() == {}
 
 
@@ -245,6 +251,8 @@ def test_digest_of_a_matched_width_depends_on_the_rank_in_the_file(tmp_path, mon
     args = SimpleNamespace(values={"lora_k": "match:narrow"})
     record = {"arguments": args.values, "digests": matched}
     assert identity.changes(args, of(**args.values), record) == {"contents of lora_k"}
+    for flag in identity.INPUTS:
+        assert identity.changes(args, {**matched, flag: "other"}, record) == {f"contents of {flag}"}
 
 
 def test_digest_of_a_configuration_file_depends_on_its_contents(tmp_path):
