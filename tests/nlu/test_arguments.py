@@ -40,15 +40,16 @@ def test_the_published_command_runs_and_is_lora2(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setenv("GLUE_DIR", str(tmp_path / "glue"))
     monkeypatch.chdir(tmp_path)
-    flags = TEMPLATE.format(init=2, final=4, mask=2, warmup=2, eval=7, save=7, log=1).split()
-    assert run_glue.main(["--local-rank=0", *flags]) == 0  # as torch.distributed.launch starts it
+    flags = TEMPLATE.format(init=200, final=400, mask=200, warmup=200, eval=7, save=7, log=1).split()
+    flags += ["--local-rank=0", "--schedule_steps", "1400"]  # the first as torch.distributed.launch adds it
+    assert run_glue.main(flags) == 0
     record = json.loads((tmp_path / "output/glue/mnli/results.json").read_text())
     assert (record["status"], record["method"], record["steps"]) == ("finished", "lora2", 14)
     assert "accuracy" in record["evaluations"][-1]
     assert record["live_budget"] == 12 * 3
     expected = {
         "method": "lora2", "lora_k": 8, "lora_r": 8, "target_rank": 3, "reg_orth_coef": 0.1, "lora_alpha": 16,
-        "rank_allocation": True, "init_warmup": 2, "final_warmup": 4, "mask_interval": 2, "warmup_steps": 2,
+        "rank_allocation": True, "init_warmup": 200, "final_warmup": 400, "mask_interval": 200, "warmup_steps": 200,
         "max_seq_length": 256, "learning_rate": 5e-4, "num_train_epochs": 7, "cls_dropout": 0.15, "seed": 6,
         "eval_strategy": "steps", "eval_steps": 7, "save_steps": 7, "overwrite_output_dir": True,
     }  # fmt: skip
