@@ -30,7 +30,7 @@ def call(tmp_path, encoder, tiny_glue, monkeypatch, capsys):
 
 
 def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(call, tmp_path):
-    flags = ["--methods", "lora2,lora", "--seeds", "2", "--lora_alpha", "8", "--learning_rate", "1e-3"]
+    flags = ["--methods", "lora2,lora", "--seeds", "2", "--lora_alpha", "16", "--learning_rate", "1e-3"]
     code, out, _ = call(*flags)
     assert code == 0 and "4 run(s) finished now" in out
     table = (tmp_path / "compare-cola/comparison.md").read_text()
@@ -39,18 +39,20 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
     assert "- Score: accuracy of the final weights, in percent." in table
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl").values()
     assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
-    assert all(each["asked"]["lora_alpha"] == 8 and each["asked"]["eval_strategy"] == "epoch" for each in lines)
+    assert all(each["asked"]["lora_alpha"] == 16 and each["asked"]["eval_strategy"] == "epoch" for each in lines)
     assert "0 run(s) finished now" in call(*flags)[1]
     assert "1 run(s) finished now" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
     figures = pd.read_csv(tmp_path / "compare-cola/comparison.csv")
     assert list(figures.row) == ["LoRA", "LoRA²", "AdaLoRA"] and set(figures.runs) == {1}  # of the last command
-    assert list(figures.scale) == [1, 1, 1]
+    assert list(figures.scale) == [2, 2, 2]
 
 
 def test_method_whose_runs_failed_has_no_row_and_the_exit_code_is_1(call, tmp_path):
-    code, out, err = call("--methods", "lora2,lora:weight_decay=1", "--seeds", "2", "--learning_rate", "1e-3")
+    methods = "lora2:target_rank=2,lora:weight_decay=1"
+    code, out, err = call("--methods", methods, "--seeds", "2", "--learning_rate", "1e-3")
     assert code == 1 and "failed: lora_weight_decay=1-seed=1: " in err
-    assert re.findall(r"^\| (LoRA\S*) ", out, re.MULTILINE) == ["LoRA²"]
+    assert re.findall(r"^\| (LoRA\S*) ", out, re.MULTILINE) == ["LoRA²,"]
+    assert "lora2:target_rank=2 has 5,216 parameters (about 3,992 after pruning), α/r 2: --methods" in err
 
 
 @pytest.mark.slow

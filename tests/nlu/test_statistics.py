@@ -78,7 +78,7 @@ def test_student_t_maximises_the_likelihood_and_a_failed_run_has_little_weight()
         return -stats.t.logpdf(values, FREEDOM, np.array(centres)[:, None], scale).sum()
 
     best = optimize.minimize(loss, np.median(values, axis=1)).x
-    assert list(fit.centre) == pytest.approx(list(best), abs=1e-3)
+    assert list(fit.centre) == pytest.approx(list(best), abs=1e-3) and list(fit.freedom) == [10 - 2] * 2
     result = fitted_difference(fit, "LoRA² k=8", "LoRA r=8", ["cola"])
     normal = (2 * np.var(values, axis=1, ddof=1).mean() / 5) ** 0.5
     assert result.mean == pytest.approx(2.5, abs=0.3) and result.error < normal / 3
