@@ -98,12 +98,13 @@ def test_values_out_of_range_are_refused(arguments):
         loralib.LoRA2Linear(4, 3, **({"r": 2, "lora_alpha": 4} | arguments))
 
 
-def test_dropout_acts_on_the_update_only():
+@pytest.mark.parametrize("run", [lambda m: m, lambda m: torch.func.vmap(m, randomness="different")])
+def test_dropout_acts_on_the_update_only(run):
     torch.manual_seed(0)
     layer = random_layer((3,), lora_dropout=0.5)
     x = torch.randn(4000, 11)
     frozen = nn.functional.linear(x, layer.weight, layer.bias)
-    update = layer(x) - frozen
+    update = run(layer)(x) - frozen
     kept = nn.functional.linear(x, layer.delta_weight())
     assert not torch.allclose(update, kept, atol=1e-3)
     slope = (update * kept).sum() / (kept * kept).sum()  # dropout rescales, so the update is right on average

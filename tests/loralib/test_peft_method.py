@@ -101,7 +101,7 @@ def test_replica_of_data_parallel_has_the_factors():
 
 def test_several_adapters_can_be_switched_disabled_combined_merged_and_deleted():
     model, base = net(), Net()
-    model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["q"]))
+    model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["q", "classifier"]))
     assert not any("second" in n for n, p in model.named_parameters() if p.requires_grad)
     randomise(model, seed=1)
     first = model(INPUTS)
@@ -196,7 +196,7 @@ def test_transformers_loads_the_saved_folder(tmp_path):
     encoder().save_pretrained(tmp_path / "base")
     load = AutoModelForSequenceClassification.from_pretrained
     options = {"task_type": "SEQ_CLS", "rank_pattern": {"layer.0.attention.self.query": 2}}
-    model = net(["query"], load(tmp_path / "base"), **options).eval()
+    model = net(["query", "value"], load(tmp_path / "base"), **options).eval()
     model.save_pretrained(tmp_path / "a")
     ids = torch.arange(4, 16).view(2, 6)
     expected = model(ids).logits

@@ -38,9 +38,8 @@ def test_batches_are_of_similar_length_in_random_order():
         return (batches.max(1, keepdims=True) - batches).sum() / batches.sum(), batches.mean(1)
 
     wasted, means = padding(LengthBucketSampler(lengths, 32, 0))
-    assert wasted < 0.1 * padding(SeededRandomSampler(6400, 0))[0]
+    assert 0.015 < wasted / padding(SeededRandomSampler(6400, 0))[0] < 0.03  # one pool of all batches: 0.005
     assert abs(np.corrcoef(means[:-1], means[1:])[0, 1]) < 0.25  # the lengths of successive batches are unrelated
-    assert 0.3 < np.mean(np.diff(means) > 0) < 0.7
 
 
 def test_planned_steps_are_those_of_the_rows_of_all_processes_and_accumulated_batches():

@@ -252,8 +252,8 @@ def test_regulariser_dropout_and_precision_are_those_of_the_flags(base_flags):
     torch.testing.assert_close(applied.low_rank.penalty(), expected)
     assert {layer.lora_dropout.p for layer in loralib.lora_layers(applied.model).values()} == {0.25}
     set_precision(arguments, applied.model)
-    dtypes = {(p.requires_grad, p.dtype) for p in applied.model.parameters()}
-    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    values = *applied.model.parameters(), applied.model(torch.tensor([[5]])).logits
+    assert {(v.requires_grad, v.dtype) for v in values} == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_programs_set_threads_and_refuse_wrong_flags_before_importing_torch():

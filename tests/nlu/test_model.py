@@ -50,7 +50,7 @@ def flags_of(base_flags, folder, task, *more):
     ("stsb", ["toxic"], "multi_label_classification", None, "exclude"),
 ])  # fmt: skip
 def test_choose_head_keeps_fitting_labels_and_names_what_does_not_fit(task, names, problem, labels, unfit):
-    found = choose_head(BertConfig(id2label=dict(enumerate(names)), problem_type=problem), TASKS[task])
+    found = choose_head(BertConfig(id2label=dict([*enumerate(names)][::-1]), problem_type=problem), TASKS[task])
     assert found[0] == labels and (found[1] is None if unfit is None else unfit in found[1])
 
 

@@ -164,7 +164,7 @@ def test_description_has_class_counts_and_truncated_rows(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("train", [("a", "b"), ("0.5", "2")])
+@pytest.mark.parametrize("train", [("a", "b"), ("-0.5", "2")])
 def test_description_says_that_a_test_set_with_some_hidden_labels_is_not_scored(tmp_path, train):
     for name, labels in (("train", train), ("test", (train[0], "", ""))):
         write_rows(tmp_path / f"{name}.csv", [{"text": "a", "label": label} for label in labels])
