@@ -258,7 +258,7 @@ IDS = torch.arange(10, 16)[None]
 @pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "sharded"])
 def test_two_processes_that_write_to_the_same_folder_leave_it_complete(tmp_path, shards):
     encoder().save_pretrained(tmp_path / "base")
-    loralib.save_adapter(model := adapted(modules=["query"], k=2, model=encoder()), tmp_path / "encoder")
+    loralib.save_adapter(model := adapted(modules=["value"], k=2, model=encoder()), tmp_path / "encoder")
     torch.save(model(IDS).logits.detach(), tmp_path / "logits.pt")
     torch.multiprocessing.start_processes(_save_load_and_export, (tmp_path, shards), nprocs=2, start_method="fork")
     assert loralib.read_adapter_config(tmp_path / "adapter").card == {"turn": 9}

@@ -100,7 +100,7 @@ def test_exports_keep_the_order_of_the_labels(tmp_path):
     encoder("roberta", num_labels=2).save_pretrained(tmp_path / "base")
     load = partial(AutoModelForSequenceClassification.from_pretrained, ignore_mismatched_sizes=True)
     start = load(tmp_path / "base", id2label=names, label2id=numbers)
-    model = adapted(modules=["query"], r=2, k=2, model=start)
+    model = adapted(modules=["value"], r=2, k=2, model=start)
     folder = loralib.save_adapter(model, tmp_path / "a", base_model=str(tmp_path / "base"))
     ids = torch.arange(4, 16).view(2, 6)
 
@@ -180,7 +180,7 @@ def saved_by_peft(folder, base, config):
 def test_an_adapter_without_a_head_goes_to_peft_and_back(tmp_path):
     base = encoder()
     base.save_pretrained(tmp_path / "base")
-    model = adapted(modules=["query"], k=2, model=encoder())
+    model = adapted(modules=["value"], k=2, model=encoder())
     model.classifier = copy.deepcopy(base.classifier).requires_grad_(False)
     loralib.save_adapter(model, tmp_path / "a", base_model=str(tmp_path / "base"))
     export_peft(tmp_path / "a", tmp_path / "peft")

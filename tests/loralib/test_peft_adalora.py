@@ -118,7 +118,7 @@ def test_layers_of_rank_0_are_saved_loaded_merged_and_converted(tmp_path, capsys
     """peft's issue 1539."""
     loop = AdaLoraTraining(model := adalora().eval())
     generator, pattern = torch.Generator().manual_seed(3), {}
-    for (name, layer), kept in zip(loop.layers.items(), [(0, 2), (), (1, 2, 3), ()], strict=True):
+    for (name, layer), kept in zip(loop.layers.items(), [(), (0, 2), (), (1, 2, 3)], strict=True):
         for factors in (layer.lora_A, layer.lora_B, layer.lora_E):
             torch.nn.init.normal_(factors["default"], generator=generator)
         pattern[f"{name}.lora_E.default"] = flags = [i in kept for i in range(4)]

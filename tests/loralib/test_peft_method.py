@@ -83,7 +83,7 @@ def test_merge_unmerge_and_unload_keep_the_outputs_and_the_saved_keys(tmp_path):
 
 
 def test_head_of_several_layers_stays_when_the_model_is_unloaded():
-    model = net(["query"], encoder("roberta"), task_type="SEQ_CLS").eval()
+    model = net(["value"], encoder("roberta"), task_type="SEQ_CLS").eval()
     ids = torch.arange(2, 14).view(2, 6)
     expected = model(ids).logits
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, atol=1e-4, rtol=1e-4)
@@ -101,7 +101,7 @@ def test_replica_of_data_parallel_has_the_factors():
 
 def test_several_adapters_can_be_switched_disabled_combined_merged_and_deleted():
     model, base = net(), Net()
-    model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["q", "classifier"]))
+    model.add_adapter("second", LoRA2Config(r=2, k=3, target_modules=["q"]))
     assert not any("second" in n for n, p in model.named_parameters() if p.requires_grad)
     randomise(model, seed=1)
     first = model(INPUTS)

@@ -158,7 +158,7 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
 def test_failed_runs_are_counted_and_a_crashed_one_has_no_score(make, tmp_path):
     lost = line("LoRA r=8", "cola", 3, [0.1], training_loss=[0.6] * 20, constant_loss=0.6)
     crashed = line("LoRA r=8", "cola", 4, [0.1], status="failed", error="boom")
-    assert make([line("LoRA r=8", "cola", s, [0.5]) for s in (1, 2)] + [lost, crashed])[0] == 0
+    assert make([line("LoRA r=8", "cola", s, [0.5]) for s in (1, 103)] + [lost, crashed])[0] == 0  # 103 repeats no run
     row = scores(tmp_path).iloc[0]
     assert (row.failed, row.runs) == (2, 4) and row.cola == pytest.approx(110 / 3)
     assert [row.failed_low, row.failed_high] == pytest.approx(stats.beta.ppf([0.025, 0.975], [2, 3], [3, 2]), abs=1e-5)
