@@ -220,7 +220,7 @@ def test_memory_does_not_grow_with_the_input():
     ('peft --peft_config={"peft_type":"LORA","lora_dropout":0.9,"init_lora_weights":false}', "cola"),
 ])  # fmt: skip
 def test_adapter_of_a_run_gives_the_scores_of_the_run(base_flags, encoder, tiny_glue, tmp_path, capsys, method, task):
-    flags = changed(base_flags, task_name=task, lora_r=None, lora_alpha=None)
+    flags = changed(base_flags, task_name=task, lora_r=None, lora_alpha=None, learning_rate=0.1)
     assert run_glue.main([*flags, "--method", *method.split()]) == 0
     run, rows = tmp_path / "run", tiny_glue / task / "validation.jsonl"
     assert ("export:" in capsys.readouterr().out) == (method in ("lora2", "bitfit", "full"))  # these can be merged
@@ -236,4 +236,4 @@ def test_adapter_of_a_run_gives_the_scores_of_the_run(base_flags, encoder, tiny_
         (row["score"] - label) ** 2 if task == "stsb" else -math.log(row["probabilities"][names[label]])
         for row, label in zip(found, truth, strict=True)
     ]  # not Pearson: so small a model's scores are nearly equal, and rounding decides their order
-    assert sum(losses) / len(losses) == pytest.approx(read(flags)["evaluations"][-1]["loss"], rel=1e-4)
+    assert sum(losses) / len(losses) == pytest.approx(read(flags)["evaluations"][-1]["loss"], rel=1e-5)
