@@ -114,13 +114,12 @@ def check_tokenizer(tokenizer: Any, source: str, flag: str = "", **options: Any)
 def longest_input(model: Any) -> int | None:
     """The maximum number of tokens of a model with a table of positions; None for a model without one (DeBERTa).
 
-    No token uses the rows of RoBERTa's table up to the padding index, the first ``offset`` rows of the tables of OPT
-    and BART, or rows beyond the configured maximum (Nyströmformer).
+    No token uses the rows of RoBERTa's table up to the padding index, or rows beyond the configured maximum (OPT, BART,
+    Nyströmformer).
     """
     for name, table in model.named_modules():
         if name.rpartition(".")[2] in _POSITIONS and isinstance(table, nn.Embedding):
-            first = 0 if table.padding_idx is None else table.padding_idx + 1
-            rows = table.num_embeddings - getattr(table, "offset", first)
+            rows = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
             return min(rows, getattr(getattr(model, "config", None), "max_position_embeddings", rows))
     return None
 
