@@ -322,12 +322,13 @@ def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
 
 def _scaling(values: dict[str, Any], name: str, rank: int) -> float:
     """The factor s of ΔW. AdaLoRA: lora_alpha / (init_r + 1e-5). LoRA²: lora_alpha / r. LoRA: lora_alpha / r, or
-    lora_alpha / √r with rank-stabilised scaling, with the module's own rank and alpha. Patterns match as in peft."""
+    lora_alpha / √r with rank-stabilised scaling, with the module's own rank and alpha. Patterns match as they do in
+    peft; if none matches, the plain name is looked up: as a pattern, a name such as "a+b" does not match itself."""
     if values["peft_type"] == "ADALORA":
         return values["lora_alpha"] / (values["init_r"] + 1e-5)
     if values["peft_type"] == "LORA2":
         return values["lora_alpha"] / values["r"]
     patterns = values.get("alpha_pattern") or {}
     matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    alpha = next(matches, values["lora_alpha"])
+    alpha = next(matches, patterns.get(name, values["lora_alpha"]))
     return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -49,14 +50,16 @@ def test_modules_whose_names_end_alike_keep_their_ranks(tmp_path):
 
     def base():
         torch.manual_seed(0)
-        inner = nn.Sequential(nn.ReLU(), nn.Linear(6, 6), nn.Linear(6, 6))
+        inner = nn.Sequential(OrderedDict({"0": nn.ReLU(), "1+": nn.Linear(6, 6), "2": nn.Linear(6, 6)}))
         return nn.Sequential(nn.Linear(6, 6), nn.Tanh(), inner, nn.Linear(6, 6)).eval()
 
-    kept = {"0": 1, "2.1": 2, "2.2": 3}
-    model = adapted(modules=["^0$", "2.1", "2.2"], model=base(), head="3", k=3)
+    kept = {"0": 1, "2.1+": 2, "2.2": 3}
+    model = adapted(modules=["^0$", r"2.1\+", "2.2"], model=base(), head="3", k=3)
     for name, rank in kept.items():
         model.get_submodule(name).lora_E.data.copy_((torch.arange(3) < rank).float())
     ranks = export_peft(loralib.save_adapter(model, tmp_path / "ours"), tmp_path / "peft")
+    config = tmp_path / "peft/adapter_config.json"  # users of peft give plain names, and "2.1+" does not match itself
+    config.write_text(config.read_text().replace(r"^2\\.1\\+", "2.1+"))
     theirs = PeftModel.from_pretrained(base(), tmp_path / "peft")
     layers = {n: m for n, m in theirs.base_model.model.named_modules() if isinstance(m, LoraLayer)}
     assert ranks == {name: layer.r["default"] for name, layer in layers.items()} == kept
