@@ -106,13 +106,15 @@ def test_head_that_does_not_fit_is_replaced_with_one_warning(base_flags, tmp_pat
     assert predict_program.main(["--adapter", str(run / "adapter"), "--base", str(folder), *output]) == 0
 
 
-def test_encoder_whose_shapes_differ_from_its_configuration_is_refused(base_flags, tmp_path, capsys):
+def test_encoder_whose_shapes_differ_from_its_configuration_or_that_has_none_is_refused(base_flags, tmp_path, capsys):
     """transformers would initialise such weights at random."""
     folder = classifier(tmp_path / "odd", PERMUTED)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
     assert main(flags_of(base_flags, folder, "mrpc")) == 2
     assert "position_embeddings.weight has the shape (64, 16)" in error_line(capsys)
+    (folder / "config.json").unlink()
+    assert main(flags_of(base_flags, folder, "mrpc")) == 2 and "in its config.json" in error_line(capsys)
 
 
 def test_cls_dropout_sets_that_of_alberts_head_and_is_refused_for_a_head_without_one(base_flags, tmp_path, monkeypatch):
