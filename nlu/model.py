@@ -65,7 +65,7 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]
     try:
         # A branch may move between two loads: all processes load one commit.
         folder = first_computes(lambda: model_folder(name, **source))
-        commit = source["revision"] = None if Path(name).exists() else folder.name
+        commit = source["revision"] = None if Path(name).is_dir() else folder.name
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **source)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **source)
     except Exception as error:  # a damaged file can raise any exception

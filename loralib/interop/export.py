@@ -103,9 +103,8 @@ def model_folder(source: str, **options: Any) -> Path:
     """The folder with a model's files: ``source``, or in the hub's cache the folder that has the commit as its name."""
     from transformers.utils import cached_file
 
-    if os.path.isdir(source):  # perhaps without a config.json, as a peft adapter, which transformers loads on its base
-        return Path(source)
-    return Path(cached_file(source, "config.json", **options)).parent
+    config = cached_file(source, "config.json", **options)  # None for a peft adapter, which transformers loads too
+    return Path(config).parent if config else Path(source)
 
 
 def export_merged(
