@@ -30,9 +30,10 @@ from nlu.model import limit_length, load_config, load_model, set_precision, with
 from nlu.runs.adapter import save_run_adapter, start_from_adapter, upload_adapter
 from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.folder import RunFolder
-from nlu.runs.identity import content_digests
+from nlu.runs.identity import PLACES, changes, content_digests
 from nlu.runs.log import log_to, say
-from nlu.runs.processes import first_computes, is_first, start_processes, wait_for_all
+from nlu.runs.machine import COMMIT, versions
+from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all
 from nlu.runs.record import RunRecord, say_outcome, say_start
 from nlu.tasks import Task
 from nlu.trainer import GlueTrainer, trainer_arguments
@@ -47,8 +48,7 @@ def run(arguments: Arguments, data: Data) -> None:
         UsageError: if the arguments, the data, the model and the folder do not fit together.
         RunError: if the training cannot continue, or an upload fails. Interrupted: after a signal.
     """
-    start_processes(arguments.use_cpu)
-    folder = RunFolder(arguments, first_computes(lambda: content_digests(arguments.values)))
+    folder = RunFolder(arguments, common_digests(arguments))
     with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
         state, previous = first_computes(lambda: held.enter_context(folder.hold()))
         if state == "finished":
@@ -58,6 +58,23 @@ def run(arguments: Arguments, data: Data) -> None:
             _run_in(folder, previous, arguments, data, held)
         if arguments.push_to_hub and is_first():
             upload_adapter(arguments)
+
+
+def common_digests(arguments: Arguments) -> dict[str, str]:
+    """The digests of the contents that the arguments name, which all processes must have in common.
+
+    Raises:
+        UsageError: if the processes differ in arguments, contents, code or packages: each would train another run.
+    """
+    digests = content_digests(arguments.values)
+    environment = {"git_commit": COMMIT, **versions()}
+    differ: set[str] = set()
+    for values, contents, theirs in gathered((arguments.values, digests, environment)):
+        differ |= changes(arguments, digests, {"arguments": values, "digests": contents}, PLACES)
+        differ |= {name for name, known in environment.items() if len({known, theirs[name]} - {None}) > 1}
+    if differ:
+        raise UsageError(f"the processes of this run differ ({', '.join(sorted(differ)[:5])}): start all of them alike")
+    return digests
 
 
 def _run_in(
@@ -85,6 +102,9 @@ def _run_in(
     record = RunRecord(trainer, facts | {"digests": folder.digests}, previous)
     trainer.add_callback(record)
     record.write("running")
+    wait_for_all()
+    if len({*gathered(record.path.read_bytes() if record.path.exists() else b"")}) > 1:
+        raise UsageError(f"{folder.path} is not one folder for all processes: name one that all machines share")
     say_start(record.fields, trainer)
     resumes = previous is not None and trainer.args.do_train
     run_recorded(trainer, record, last_checkpoint(folder.path / "model") if resumes else None)

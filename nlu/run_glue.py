@@ -15,7 +15,7 @@ import sys
 
 from nlu.command_line import parse_arguments
 from nlu.errors import exit_code
-from nlu.runs.processes import end_processes, is_first
+from nlu.runs.processes import end_processes, is_first, start_processes
 from nlu.runs.signals import Interrupted, stopped_by_signals
 
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     with stopped_by_signals():
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+            start_processes(arguments.use_cpu)  # from here on an error in one process ends the others' wait for it
             # Imports that take seconds come only now, so that bad arguments are reported at once.
             from nlu.data.splits import load_data
 

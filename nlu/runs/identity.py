@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,24 @@ _MODEL_FILES = (
 )  # fmt: skip
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-# Arguments that may differ in the same run: the places of files, reporting, the device, and how the processes share a
-# batch (the rows of an optimiser step are compared apart).
-FREE = {
-    "cache_dir", "dataloader_num_workers", "glue_dir", "gradient_accumulation_steps", "hub_model_id",
-    "hub_private_repo", "measured_dir", "overwrite_output_dir", "per_device_eval_batch_size",
-    "per_device_train_batch_size", "push_to_hub", "report_to", "root_output_dir", "run_name", "save_total_limit",
-    "test_file", "total_batch_size", "train_file", "use_cpu", "validation_file",
+# The places of files, which may differ even between the processes of a run.
+PLACES = frozenset(
+    {"cache_dir", "glue_dir", "measured_dir", "root_output_dir", "test_file", "train_file", "validation_file"}
+)
+# Arguments that may differ in the same run: also reporting, the device, and how the processes share a batch (the rows
+# of an optimiser step are compared apart).
+FREE = PLACES | {
+    "dataloader_num_workers", "gradient_accumulation_steps", "hub_model_id", "hub_private_repo",
+    "overwrite_output_dir", "per_device_eval_batch_size", "per_device_train_batch_size", "push_to_hub", "report_to",
+    "run_name", "save_total_limit", "total_batch_size", "use_cpu",
 }  # fmt: skip
 # Changes for which a finished run resumes from its last checkpoint, to predict.
 PREDICTING = frozenset({"do_predict", "predict_task", "max_predict_samples", "contents of test_file"})
 
 
-def changes(arguments: Arguments, digests: Mapping[str, str], record: Mapping[str, Any]) -> set[str]:
+def changes(
+    arguments: Arguments, digests: Mapping[str, str], record: Mapping[str, Any], free: Set[str] = FREE
+) -> set[str]:
     """How a run differs from a recorded one: the names of arguments, or "contents of" an argument that has a digest.
 
     An argument that the record's version did not have counts as left at its default. One that this version no longer
@@ -54,9 +59,10 @@ def changes(arguments: Arguments, digests: Mapping[str, str], record: Mapping[st
 
     Args:
         digests: from :func:`content_digests`. record: ``results.json``, or the line of a measured run.
+        free: names of arguments that may differ.
     """
-    then, now = DEFAULTS | record.get("arguments", {}), finite(arguments.values)
-    values = {name for name in {*now} - FREE - {*digests} if then.get(name) != now[name]}
+    then, now = finite(DEFAULTS | record.get("arguments", {})), finite(arguments.values)
+    values = {name for name in {*now} - free - {*digests} if then.get(name) != now[name]}
     recorded = record.get("digests", {})
     return values | {f"contents of {flag}" for flag in _DIGESTS if digests.get(flag) != recorded.get(flag)}
 

@@ -49,6 +49,16 @@ def first_computes(compute: Callable[[], T]) -> T:
     return answer[0]
 
 
+def gathered(value: T) -> list[T]:
+    """The value of every process, in the order of their ranks."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.all_gather_object(values, value)
+    return values
+
+
 def wait_for_all() -> None:
     """Wait until all processes have reached this point."""
     import torch.distributed as dist

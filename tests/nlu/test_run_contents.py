@@ -22,7 +22,7 @@ from nlu.run_glue import main
 from nlu.runs import identity
 from nlu.runs.folder import RunFolder
 from nlu.runs.identity import content_digests, file_digest
-from tests.nlu.tiny import changed, error_line, make_rows, read, write_rows
+from tests.nlu.tiny import changed, error_line, make_rows, read, tiny_run, write_rows
 
 
 @pytest.fixture
@@ -86,6 +86,22 @@ def test_other_arguments_or_another_batch_size_are_another_run(arguments, tmp_pa
         folder_of(same | {"learning_rate": 2e-3}, tmp_path).state()
     with pytest.raises(UsageError, match="other rows of a step: 8, not 16"):
         folder_of(same, tmp_path, rows=16).state()
+
+
+@pytest.mark.parametrize("named, of_another", [
+    ("learning_rate", lambda own: (own[0] | {"learning_rate": 1.0}, *own[1:])),
+    ("per_device_train_batch_size", lambda own: (own[0] | {"per_device_train_batch_size": 4}, *own[1:])),
+    ("contents of glue_dir", lambda own: (own[0], own[1] | {"glue_dir": "0"}, own[2])),
+    ("torch", lambda own: (*own[:2], own[2] | {"torch": "1.0", "git_commit": None})),
+    ("not one folder", lambda own: own if isinstance(own, tuple) else b""),
+])  # fmt: skip
+def test_processes_that_differ_or_do_not_share_the_folder_are_refused(
+    encoder, tiny_glue, tmp_path, capsys, monkeypatch, named, of_another
+):
+    monkeypatch.setattr(fine_tuning, "gathered", lambda own: [own, of_another(own)])
+    assert main(tiny_run(encoder, tiny_glue, tmp_path / "run")) == 2
+    assert named in error_line(capsys)
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def test_missing_predictions_of_a_finished_run_are_made_and_what_they_replace_is_deleted(arguments, tmp_path):
