@@ -36,6 +36,7 @@ for word in "$@"; do
     fi
 done
 
+((${NNODES:-1} == 1)) || : "${NODE_RANK:?is needed with NNODES}" "${MASTER_ADDR:?is needed with NNODES}"
 NPROC=${NPROC:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
 # PYTHON may belong to another checkout, whose code it would import.

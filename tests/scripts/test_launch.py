@@ -137,6 +137,10 @@ def test_several_machines_and_accelerate_start_the_same_command():
     assert other[:3] == ["python", "-m", "accelerate.commands.launch"]
     assert (given["--num_processes"], given["--num_machines"], given["--machine_rank"]) == ("8", "4", "3")
     assert arguments_of(other).values == arguments_of(words).values
+    for needed in ("NODE_RANK", "MASTER_ADDR"):  # a default would let the machines wait for each other
+        with pytest.raises(subprocess.CalledProcessError) as refused:
+            words_of("run_debertav3_mnli.sh", **machines | {needed: ""})
+        assert f"{needed}: is needed with NNODES" in refused.value.stderr
 
 
 def test_without_DRY_RUN_the_command_is_started_and_help_starts_nothing():
