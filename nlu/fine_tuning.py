@@ -32,7 +32,6 @@ from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.folder import RunFolder
 from nlu.runs.identity import PLACES, changes, content_digests
 from nlu.runs.log import log_to, say
-from nlu.runs.machine import COMMIT, versions
 from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all
 from nlu.runs.record import RunRecord, say_outcome, say_start
 from nlu.tasks import Task
@@ -64,14 +63,11 @@ def common_digests(arguments: Arguments) -> dict[str, str]:
     """The digests of the contents that the arguments name, which all processes must have in common.
 
     Raises:
-        UsageError: if the processes differ in arguments, contents, code or packages: each would train another run.
+        UsageError: if the processes differ in arguments or contents: each would train another run.
     """
     digests = content_digests(arguments.values)
-    environment = {"git_commit": COMMIT, **versions()}
-    differ: set[str] = set()
-    for values, contents, theirs in gathered((arguments.values, digests, environment)):
-        differ |= changes(arguments, digests, {"arguments": values, "digests": contents}, PLACES)
-        differ |= {name for name, known in environment.items() if len({known, theirs[name]} - {None}) > 1}
+    every = gathered({"arguments": arguments.values, "digests": digests})
+    differ = set().union(*(changes(arguments, digests, other, PLACES) for other in every))
     if differ:
         raise UsageError(f"the processes of this run differ ({', '.join(sorted(differ)[:5])}): start all of them alike")
     return digests

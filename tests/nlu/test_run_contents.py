@@ -89,11 +89,10 @@ def test_other_arguments_or_another_batch_size_are_another_run(arguments, tmp_pa
 
 
 @pytest.mark.parametrize("named, of_another", [
-    ("learning_rate", lambda own: (own[0] | {"learning_rate": 1.0}, *own[1:])),
-    ("per_device_train_batch_size", lambda own: (own[0] | {"per_device_train_batch_size": 4}, *own[1:])),
-    ("contents of glue_dir", lambda own: (own[0], own[1] | {"glue_dir": "0"}, own[2])),
-    ("torch", lambda own: (*own[:2], own[2] | {"torch": "1.0", "git_commit": None})),
-    ("not one folder", lambda own: own if isinstance(own, tuple) else b""),
+    ("learning_rate", lambda own: own | {"arguments": own["arguments"] | {"learning_rate": 1.0}}),
+    ("train_batch_size", lambda own: own | {"arguments": own["arguments"] | {"per_device_train_batch_size": 4}}),
+    ("contents of glue_dir", lambda own: own | {"digests": own["digests"] | {"glue_dir": "0"}}),
+    ("not one folder", lambda own: own if isinstance(own, dict) else b""),
 ])  # fmt: skip
 def test_processes_that_differ_or_do_not_share_the_folder_are_refused(
     encoder, tiny_glue, tmp_path, capsys, monkeypatch, named, of_another
