@@ -3,7 +3,8 @@ test_two_processes.py run this file as a program.
 
 usage under torchrun: killed_runs.py RUNS.json   (a list of [flags of run_glue.py, step at which to end or null, how])
 `how` is "break off" (end after a checkpoint), "signal" (SIGTERM to the last process only), "watch" (save each process's
-parameters and ranks) or "last" (each process takes its rank as the seed, and exits with the exit code of this run).
+parameters and ranks), "apart" (each process takes its rank as the seed, and is refused) or "last" (exit with the exit
+code of this run).
 """
 
 import json
@@ -161,8 +162,10 @@ if __name__ == "__main__":
             run_broken_off(flags, step)
         elif how == "watch":
             run_watched(flags, step)
+        elif how == "apart":
+            assert run_glue.main([*flags, "--seed", os.environ["RANK"]]) == 2
         elif how == "last":
-            sys.exit(run_glue.main([*flags, "--seed", os.environ["RANK"]]))
+            sys.exit(run_glue.main(flags))
         elif os.environ["RANK"] == "1":
             assert run_signalled(flags, "on_step_begin", step, signal.SIGTERM) == 128 + signal.SIGTERM
         else:

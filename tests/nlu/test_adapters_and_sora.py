@@ -73,6 +73,15 @@ def apply_sora(model, modules, **flags):
     return METHODS["sora"].apply(model, method_arguments("sora", lora_module=modules, **flags), 0)
 
 
+def test_sora_starts_at_the_base_with_random_gates():
+    model = small.encoder()
+    expected = model(INPUT).logits
+    apply_sora(model, "query,value", lora_r=3, lora_alpha=6.0)
+    assert torch.equal(model(INPUT).logits, expected)
+    for layer in loralib.lora_layers(model).values():
+        assert layer.lora_E.std() > 0.05 and not layer.lora_B[0].any() and layer.scaling == 2.0
+
+
 def test_gates_that_a_warm_start_finds_pruned_can_grow_again(tmp_path):
     model, start = small.encoder(), small.encoder()
     apply_sora(model, "query", lora_r=4, lora_alpha=8.0)

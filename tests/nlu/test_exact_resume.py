@@ -54,6 +54,7 @@ SLOW_CASES = {
     "bfloat16, in the warm-up": (f"{STEPS} {HALF} --lr_scheduler_type cosine --warmup_steps 4", 2),
     "after the last step, SoRA": (f"{STEPS} {SORA}", 6),
     "saved before the epoch is evaluated": (f"{EPOCHS} --save_steps 7 --method lora", 7),
+    "stopped early": (STOPPED, 9),
     "after the last step, best model": (f"{STEPS} --eval_steps 2 --load_best_model_at_end True", 10),
 }
 
@@ -126,9 +127,10 @@ def test_two_processes_resume_exactly(base_flags, tmp_path):
 
     how = "break off"
     runs = [[whole, None, how], [broken, 2, "signal"], [broken, 10, how], [broken, None, how], [stopped, None, how]]
-    runs.append([base_flags, None, "last"])
+    runs += [[base_flags, None, "apart"], [[*base_flags, "--lora_module", "nothing"], None, "last"]]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     result = run_python(*LAUNCH, killed_runs.__file__, tmp_path / "runs.json")
     assert result.returncode != 0
     assert result.stderr.count("error: the processes of this run differ (seed)") == 2
+    assert "matches no linear layer" in result.stderr
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")

@@ -249,6 +249,11 @@ def test_fast_dropout_output_and_gradient(dtype, shape):
     torch.testing.assert_close(x.grad, kept * scale)
 
 
+def test_fast_dropout_with_p_0_and_1():
+    x = torch.rand(100)
+    assert torch.equal(FastDropout(0.0)(x), x) and torch.equal(FastDropout(1.0)(x), torch.zeros(100))
+
+
 # ---- all of them together ------------------------------------------------------------------------------------------
 
 
