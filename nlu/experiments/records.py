@@ -1,9 +1,8 @@
 """The measured runs: `MEASURED_DIR/EXPERIMENT.jsonl` holds one line for each run, with what tables and figures need.
 
-A line identifies the run (`run`, `axes`, `label`, `task`, `method`, `seed`) and has the arguments that the sweep set
-(`asked`), those that differ from the defaults, every evaluation, the mean training loss of each twentieth of the steps,
-the final sizes and norms, times, versions, the commit, the processor and the digests of what the run read. The full
-record stays in the run's own folder.
+A line identifies the run (`run`, `axes`, `label`, `task`, `method`, `seed`) and has the arguments that differ from the
+defaults, every evaluation, the mean training loss of each twentieth of the steps, the final sizes and norms, times,
+versions, the commit, the processor and the digests of what the run read. The full record stays in the run's own folder.
 """
 
 import json
@@ -19,11 +18,8 @@ from nlu.errors import UsageError, one_line
 from nlu.experiments.experiment import Run, portable
 from nlu.methods.registry import METHODS
 from nlu.runs.files import locked, write_text
+from nlu.runs.identity import PLACES
 
-# These say where a run happens, not what it computes: runs that differ only in them count as the same.
-PLACE_ARGUMENTS = (
-    "glue_dir", "cache_dir", "root_output_dir", "overwrite_output_dir", "dataloader_num_workers", "use_cpu",
-)  # fmt: skip
 COPIED = (
     "metric", "best", "best_step", "last", "test_scores", "steps", "weights_step", "model", "model_commit",
     "adapter_params", "head_params", "total_params", "live_adapter_params", "initial_budget", "final_budget",
@@ -42,7 +38,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         run: what the sweep asked for.
         record: the run's `results.json`; its status is "finished" or "failed".
     """
-    own = {name: value for name, value in record.get("arguments", {}).items() if value != DEFAULTS.get(name)}
+    set_values = {name: value for name, value in record.get("arguments", {}).items() if value != DEFAULTS.get(name)}
     entries = record.get("evaluations") or []
     names = dict.fromkeys(name for entry in entries for name in entry if name != "epoch")
     evaluations = {name: [entry.get(name) for entry in entries] for name in names}
@@ -62,8 +58,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "task": record.get("task"),
         "method": record.get("method"),
         "seed": seed,
-        "asked": comparable(run.arguments),
-        "arguments": comparable(own),
+        "arguments": {name: value for name, value in set_values.items() if name not in PLACES},
         "evaluations": evaluations,
         **{name: record.get(name) for name in COPIED},
         "training_loss": training_losses(record),
@@ -94,11 +89,6 @@ def _method_name(name: str, base: str) -> str:
 def settings_of(spec: str) -> list[str]:
     """NAME:flag=value:… split into the name and the settings; a value may contain a colon (match:lora)."""
     return re.split(r":(?=[\w-]+=)", spec)
-
-
-def comparable(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that decide a run's result, without this machine's folders."""
-    return portable({k: value for k, value in arguments.items() if k not in PLACE_ARGUMENTS and value is not None})
 
 
 def training_losses(record: dict[str, Any]) -> list[float] | None:
