@@ -15,15 +15,9 @@ from nlu.runs.files import write_bytes, write_text
 
 
 def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
-    """Label → the learning rate chosen by its tuning runs; a label whose runs have no score is left out.
-
-    If all rates of a method are barred, the best score decides; `advice` reports final runs that learned nothing.
-    """
+    """Label → the learning rate chosen by its tuning runs; a label whose runs have no score is left out."""
     table = tuning_frame(as_frame(tuning))
-    if not len(table):
-        return {}
-    best_first = table.dropna(subset="z").sort_values(["barred", "z"], ascending=[True, False])
-    return best_first.groupby("row").value.first().to_dict()
+    return dict(table[table.chosen].set_index("row").value) if len(table) else {}
 
 
 def write_comparison(

@@ -49,7 +49,7 @@ NOTES = f"""\
 - Claim: “higher” (“not lower”, “level”) than the row of the difference, or than a named row; p is corrected for the
   number of the question's claims (Holm). “No gain of {LEVEL}”: the interval ends below it. “Paper”: its table's gain.
 - Learning rates: the held-out scores of each task are z-scored over all rows and rates, and each row gets the rate with
-  the highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate.
+  the highest mean over tasks. A rate is barred if a run failed at it or at the next higher rate, unless all are.
 - All numbers to six digits: [scores](tables/scores.csv) with the best evaluations, [claims](tables/claims.csv) with
   each task, [training](tables/training.csv) (Λ is the sum of the learning rates over the steps) and
   [tuning](tables/tuning.csv).

@@ -323,7 +323,7 @@ def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         For each row and value: `z`, its mean over tasks; `failed`, whether a run with it failed on any task; `barred`,
-        whether a run failed with this or the next higher value; `chosen`.
+        whether a run failed with this or the next higher value; `chosen`: a barred value only if all are.
     """
     scores = runs.groupby("task")["last"]
     means, deviations = scores.transform("mean"), scores.transform("std")
@@ -331,5 +331,5 @@ def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
     by_task = runs.assign(z=z).groupby(["row", "value", "task"]).agg({"z": "mean", "failed": "any"})
     table = by_task.groupby(["row", "value"]).agg({"z": "mean", "failed": "any"}).reset_index()
     table["barred"] = table.failed | table.groupby("row").failed.shift(-1, fill_value=False).astype(bool)
-    best = table[~table.barred].groupby("row").z.idxmax()
-    return table.assign(chosen=table.index.isin(best))
+    best_first = table.dropna(subset="z").sort_values(["barred", "z"], ascending=[True, False])
+    return table.assign(chosen=table.index.isin(best_first.drop_duplicates("row").index))

@@ -260,7 +260,7 @@ def _with_deviation(mean: float, deviation: float) -> str:
 def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
     """The printed form of :func:`tuning_frame` for a grid of learning rates."""
     tasks = frame.columns[frame.columns.get_loc("chosen") + 1 :]
-    marks = ["barred" if row.barred else "chosen" if row.chosen else "" for row in frame.itertuples()]
+    marks = ["chosen" if row.chosen else "barred" if row.barred else "" for row in frame.itertuples()]
     return pd.DataFrame(
         {"method": frame.row, "learning rate": frame.value.map("{:g}".format)}
         | {HEADINGS.get(task, task): frame[task].map(lambda score: number(score, 1)) for task in tasks}

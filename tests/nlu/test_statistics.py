@@ -164,6 +164,8 @@ def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_fa
     rte = runs[runs.task == "rte"]["last"]
     expected = ((45 - cola.mean()) / cola.std() + (50 - rte.mean()) / rte.std()) / 2
     assert table.z["b", 2e-3] == pytest.approx(expected)
+    barred = choose_rates(runs.assign(failed=True))  # all of them: the best scores decide
+    assert barred.barred.all() and list(barred.value[barred.chosen]) == [2e-3, 2e-3]
     equal = choose_rates(runs.assign(last=50.0, failed=False))  # the lowest of equally good rates
     assert list(equal.value[equal.chosen]) == [1e-3, 1e-3]
 
