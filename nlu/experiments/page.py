@@ -147,4 +147,4 @@ def _heading(question: Question, done: pd.DataFrame) -> str:
     models = " and ".join(sorted(set(done.model.dropna())))
     tasks = " and ".join(task_names(done.task).rsplit(", ", 1))
     names = {"experiment": question.experiment, "model": models or "the encoder", "tasks": tasks or "its tasks"}
-    return markdown_text(question.question.format_map(names))
+    return markdown_text(re.sub(r"\{(\w+)\}", lambda found: names.get(found[1], found[0]), question.question))

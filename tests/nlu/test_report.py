@@ -137,12 +137,13 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
         status = "finished" if score else "failed"
         label = f"LoRA r=8, learning_rate={rate:g}"
         lines.append(line(label, "custom", 201, [score or 0.0], axes=axes, arguments=arguments, status=status))
-    question = {"question": "Which rate?", "experiment": "trial"}
+    question = {"question": "Which rate on {tasks}, {why}?", "experiment": "trial"}
     make(lines, questions={"questions": [question]})
     assert "learning rate |" not in (tmp_path / "README.md").read_text()  # these are scores on the validation set
     lines = [each | {"arguments": each["arguments"] | {"holdout_fraction": 0.1}} for each in lines]
     assert make(lines, questions={"questions": [question | {"runs": 4}]})[0] == 0  # no run of a tuning is repeated
     page = (tmp_path / "README.md").read_text()
+    assert "## Which rate on custom, {why}?" in page  # an unknown name stays as it is
     rows = re.findall(r"^\| LoRA r=8 \| +([\d.]+) \| +(\S+) \|.*\| +(\w*) \|$", page, re.M)
     marks = [("50.0", ""), ("60.0", "chosen"), ("70.0", "barred"), ("–", "barred")]
     assert [each[1:] for each in rows] == marks and [float(each[0]) for each in rows] == list(scores)
