@@ -1,10 +1,10 @@
 """Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method.
 
     python nlu/run_glue.py --model_name_or_path microsoft/deberta-v3-base --task_name cola --method lora2 \\
-        --do_train --do_eval --root_output_dir output/cola
+        --learning_rate 1e-3 --do_train --do_eval --root_output_dir output/cola
 
-``--help`` lists every argument. The run writes results.json, adapter/, model/ and log/ (and, if it prunes,
-rank_pattern.json) to root_output_dir; the same command continues an interrupted run from its last checkpoint.
+``--help`` lists every argument. The run writes results.json, adapter/, model/ and log/ to root_output_dir (and, if it
+prunes, rank_pattern.json); the same command continues an interrupted run from its last checkpoint.
 ``nlu/fine_tuning.py`` has the steps of a run; this file turns errors and signals into exit codes.
 """
 

@@ -29,7 +29,7 @@ PARSERS = {
 
 def commands(page: Path) -> list[list[str]]:
     """The words of every command of a page, indented or in backticks, without comments; a backslash joins lines."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    text = re.sub(r"\\+\n", " ", page.read_text(encoding="utf-8"))
     start = r"(?:[A-Z_]+=\S+ )*(?:python|bash) "
     lines = re.findall(rf"^    ({start}.*)$", text, re.M) + re.findall(rf"`({start}[^`]*)`", text)
     return [shlex.split(line, comments=True) for line in lines]
@@ -39,9 +39,9 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     return set(parser._option_string_actions)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "nlu").glob("*.py"))], ids=lambda path: path.name)
 def test_commands_name_existing_programs_flags_and_files(page):
-    assert commands(ROOT / "README.md")
+    assert commands(ROOT / "README.md") and commands(ROOT / "nlu/run_glue.py")
     for words in commands(page):
         program = next((word for word in words if word in PARSERS or (ROOT / word).is_file()), None)
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
@@ -55,6 +55,8 @@ def test_commands_name_existing_programs_flags_and_files(page):
         else:
             known = set(re.findall(r"--\w+", (ROOT / program).read_text()))
         assert given <= known, (words, given - known)
+        if program == "nlu/run_glue.py":
+            command_line.parse_arguments(words[words.index(program) + 1 :])
         for word in words:
             assert not re.match(r"(configs|scripts|nlu|benchmarks)/", word) or (ROOT / word).exists(), word
 
