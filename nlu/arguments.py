@@ -1,7 +1,7 @@
-"""Every argument of a training run, with its default, its range and its ``--help`` text.
+"""The arguments of a training run, each with its default, its range and its ``--help`` text.
 
-The flags of methods that are not low-rank are in those methods' files (``nlu/methods/``). ``nlu/command_line.py``
-decides which source a value comes from.
+``--sora_lambda``, ``--adapter_size`` and ``--peft_config`` are in their methods' files (``nlu/methods/``).
+``nlu/command_line.py`` decides which source a value comes from.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ TRAINING_FLAGS = (
     Flag("measured_dir", str, None, "Folder of result lines, one per run, for nlu/report.py; the run adds its own."),
     Flag("do_train", bool, False, "Train."),
     Flag("do_eval", bool, False, "Evaluate on the validation set, or on the held-out rows."),
-    Flag("do_predict", bool, False, "Predict the test set."),
+    Flag("do_predict", bool, False, "Predict the test set and, with --do_eval, the validation set."),
     Flag("learning_rate", float, None, "Learning rate. A training needs one: methods differ too much for a default.",
          POSITIVE),
     Flag("head_learning_rate", float, None,
@@ -208,7 +208,8 @@ TRAINING_FLAGS = (
     Flag("save_steps", int, 500, "Steps between two checkpoints.", AT_LEAST_1),
     Flag("save_total_limit", int, 2, "Number of checkpoints to keep.", AT_LEAST_1),
     Flag("load_best_model_at_end", bool, False,
-         "Use the weights of the best evaluation instead of the last ones. Every evaluation then saves a checkpoint."),
+         "Use the weights of the best evaluation instead of the last ones. Every evaluation then saves a checkpoint "
+         "(with --save_strategy best every better one)."),
     Flag("logging_strategy", _INTERVALS, "steps", "When to log the loss."),
     Flag("logging_steps", int, 10, "Steps between two log lines.", AT_LEAST_1),
     Flag("report_to", ("none", "tensorboard", "wandb", "trackio"), "none", "Tracker; its package must be installed."),
@@ -216,7 +217,7 @@ TRAINING_FLAGS = (
     Flag("push_to_hub", bool, False, "Upload the adapter and its model card to --hub_model_id at the end."),
     Flag("hub_model_id", str, None, "Repository on the hub, OWNER/NAME."),
     Flag("hub_private_repo", bool, None, "Whether a newly created repository is private."),
-    Flag("seed", int, 42, "Seed of all random numbers.", _SEED),
+    Flag("seed", int, 42, "Seed of all random numbers but those of --holdout_seed.", _SEED),
     Flag("data_seed", int, None, "Seed of the order of the training rows. Default: --seed.", _SEED),
     Flag("full_determinism", bool, False, "Use deterministic GPU kernels, which are slower."),
     Flag("dataloader_num_workers", int, 0, "Worker processes that prepare batches.", NOT_NEGATIVE),
