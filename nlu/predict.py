@@ -4,8 +4,9 @@
     cat new.tsv | python nlu/predict.py --model merged --text_columns sentence1,sentence2 --input - --input_format tsv
 
 Rows are written in input order, as {"line": 3, "label": "acceptable", "probabilities": {…}}, or, for a regression task,
-with "score" instead of label and probabilities. "line" is the input line on which the row ends. The input's
-columns can be written too; a column whose name is already in use is then called input_NAME.
+with "score" instead of label and probabilities. "line" is the input line on which the row ends (Parquet: the row, from
+1). With --keep_columns, the default for CSV and TSV, the input's columns are written too; one whose name is already in
+use is called input_NAME.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--on_error", choices=("stop", "skip"), default="stop",
         help="on a bad row: stop, or skip it (up to ten, or a tenth of those read so far; default: stop)")  # fmt: skip
     add("--batch_size", type=positive_int, default=64, help="rows computed at once (default: 64)")
-    add("--max_seq_length", type=positive_int, help="most tokens per row; the rest is cut (default: as in training)")
+    add("--max_seq_length", type=positive_int,
+        help="most tokens per row; the rest is cut (default: as in training; not recorded: 512)")  # fmt: skip
     return parser
 
 

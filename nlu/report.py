@@ -4,7 +4,7 @@
     python nlu/report.py --measured_dir results/measured    # the repository's own records → results/
 
 It reads MEASURED_DIR/EXPERIMENT.jsonl, which runs and sweeps write, and configs/experiments/claims.yaml. The same lines
-give the same files, byte for byte. All numbers, to six digits, go to tables/*.csv.
+and versions give the same files, byte for byte. All numbers, to six digits, go to tables/*.csv.
 """
 
 import argparse
