@@ -3,8 +3,8 @@
     python nlu/report.py                                    # output/measured → output/README.md, tables/, figures/
     python nlu/report.py --measured_dir results/measured    # the repository's own records → results/
 
-It reads MEASURED_DIR/EXPERIMENT.jsonl, which runs and sweeps write, and configs/experiments/claims.yaml. The same lines
-and versions give the same files, byte for byte. All numbers, to six digits, go to tables/*.csv.
+It reads MEASURED_DIR/*.jsonl, which runs and sweeps write, and configs/experiments/claims.yaml. The same lines and
+versions give the same files, byte for byte. All numbers, to six digits, go to tables/*.csv.
 """
 
 import argparse
