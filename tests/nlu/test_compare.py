@@ -30,7 +30,7 @@ def call(tmp_path, encoder, tiny_glue, monkeypatch, capsys):
 
 
 def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(call, tmp_path):
-    flags = ["--methods", "lora2,lora", "--seeds", "2", "--lora_alpha", "16", "--learning_rate", "1e-3"]
+    flags = ["--methods", "lora2,lora", "--seeds", "2", "--lora_alpha", "32", "--learning_rate", "1e-3"]
     code, out, _ = call(*flags)
     assert code == 0 and "4 run(s) finished now" in out
     table = (tmp_path / "compare-cola/comparison.md").read_text()
@@ -39,12 +39,12 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
     assert "- Score: accuracy of the final weights, in percent." in table
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl").values()
     assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
-    assert all(each["asked"]["lora_alpha"] == 16 and each["asked"]["eval_strategy"] == "epoch" for each in lines)
+    assert {(each["arguments"]["lora_alpha"], each["arguments"]["eval_strategy"]) for each in lines} == {(32, "epoch")}
     assert "0 run(s) finished now" in call(*flags)[1]
     assert "1 run(s) finished now" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
     figures = pd.read_csv(tmp_path / "compare-cola/comparison.csv")
     assert list(figures.row) == ["LoRA", "LoRA²", "AdaLoRA"] and set(figures.runs) == {1}  # of the last command
-    assert list(figures.scale) == [2, 2, 2]
+    assert list(figures.scale) == [4, 4, 4]
 
 
 def test_method_whose_runs_failed_has_no_row_and_the_exit_code_is_1(call, tmp_path):
@@ -63,11 +63,11 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
     assert code == 1 and "failed: lora2:weight_decay=1 has no final runs: " in err
     assert "Learning rates chosen by the held-out score: LoRA 0.003, full fine-tuning 6e-05." in shown
     assert "LoRA, full fine-tuning: the chosen rate is an end of those tried; give --tune RATES beyond it." in shown
-    final = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola.jsonl").values()]
+    final = [each["arguments"] for each in read_lines(tmp_path / "measured/compare-cola.jsonl").values()]
     # 3e-3 is nearest to 2e-3; full's file has 2e-5
     assert [(each["method"], each["learning_rate"]) for each in final] == [("full", 6e-5)] * 2 + [("lora", 3e-3)] * 2
     assert not any("holdout_fraction" in each for each in final)
-    held_out = [each["asked"] for each in read_lines(tmp_path / "measured/compare-cola-tuning.jsonl").values()]
+    held_out = [each["arguments"] for each in read_lines(tmp_path / "measured/compare-cola-tuning.jsonl").values()]
     assert {(each["seed"], each["holdout_fraction"]) for each in held_out} == {(101, 0.1)} and len(held_out) == 9
     assert (tmp_path / "compare-cola/comparison_rates.png").exists()
     run = compare._run  # as if one run of the tuning had left no line

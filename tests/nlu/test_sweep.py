@@ -32,7 +32,8 @@ def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_p
     line = lines["lora2-rte-seed=2"]
     assert line["axes"] == {"method": "lora2", "task_name": "rte", "seed": 2} and line["label"] == "LoRA²"
     # A path that looks like a number stays text.
-    assert line["asked"] == BASIC["base"] | {"model_name_or_path": "2024", "max_steps": 5, **line["axes"]}
+    given = BASIC["base"] | {"model_name_or_path": "2024", "max_steps": 5, **line["axes"]}
+    assert line["arguments"] == given | {"method_config": "lora2", "target_rank": 4}
     assert str(tmp_path) not in json.dumps(lines) and "/data" not in json.dumps(lines)
 
 
@@ -65,7 +66,7 @@ def test_changed_arguments_are_refused_before_anything_starts_or_replaced_when_a
         assert run_sweep(rows, "--set", earlier, "--rerun_changed")[0] == 0
         code, _, err = run_sweep(rows, "--set", new)
         assert (code, f"contents ({changed})" in err) == ((2, True) if changed else (0, False))
-    assert {line["asked"]["learning_rate"] for line in lines_of(tmp_path).values()} == {0.005}
+    assert {line["arguments"]["learning_rate"] for line in lines_of(tmp_path).values()} == {0.005}
     assert record_of(tmp_path, "lora-cola-seed=1")["arguments"]["overwrite_output_dir"] is True
 
 
