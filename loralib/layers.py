@@ -57,8 +57,8 @@ class LoRALayer(nn.Linear):
     has_singular_values: ClassVar[bool] = True
     in_peft: ClassVar[bool] = False  # whether peft wraps the layer, and saves, merges and shrinks it
     lora_E: Any  # an nn.Parameter, or None for plain LoRA and for a layer without singular values left
-    # The replaced layer, if its weight is quantised: only that layer can compute the product. The tuple hides it from
-    # nn.Module, so that the weight has only one name.
+    # The replaced layer, if its weight is quantised: only that layer can compute the product, and save all that the
+    # weight consists of. The tuple hides it from nn.Module, so that the weight has only one name.
     _quantised: tuple[nn.Module] | None = None
     _has_values = True  # false from the creation on the meta device until factors are loaded
 
@@ -262,10 +262,7 @@ class LoRALayer(nn.Linear):
             RuntimeError: if the layer is merged, in training mode with gradients on, and a factor trains; or if the
                 factors are from the meta device and have no values, but the weight has.
         """
-        if self._quantised is not None:
-            (base,) = self._quantised
-            # .to() has moved only this layer's own tensors: hand them to the frozen layer.
-            base._parameters.update(weight=self.weight, bias=self.bias)
+        if (base := self._quantised_layer()) is not None:
             # forward(), not a call: the hooks of the replaced layer run on this layer.
             return self.add_update(type(base).forward(base, input), input)
         weight = self.weight.T if self.fan_in_fan_out else self.weight
@@ -277,6 +274,14 @@ class LoRALayer(nn.Linear):
             return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
         dropped = self.lora_dropout(input) if self.lora_dropout.training and self.lora_dropout.p > 0 else None
         return adapted_linear(input, weight, self.bias, self.lora_A[0], self.folded_core(), self.lora_B[0], dropped)
+
+    def _quantised_layer(self) -> nn.Module | None:
+        """The replaced layer if its weight is quantised, with this layer's tensors: .to() has moved only those."""
+        if self._quantised is None:
+            return None
+        (base,) = self._quantised
+        base._parameters.update(weight=self.weight, bias=self.bias)
+        return base
 
     def add_update(self, out: Tensor, x: Tensor) -> Tensor:
         """out + dropout(x) ΔWᵀ, (…, out), in the dtype of ``out``, a frozen product that another module computed."""
@@ -312,8 +317,10 @@ class LoRALayer(nn.Linear):
         self.merged = False
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Saves W and the factors, whether the layer is merged or not."""
+        """Saves W and the factors, whether the layer is merged or not; a quantised W as the replaced layer does."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (base := self._quantised_layer()) is not None:
+            base._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[f"{prefix}weight"] = self._weight_before_merge
 

@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 class Linear4bit(nn.Linear):
-    """Stands for bitsandbytes' layer of that name, which needs CUDA: two 4-bit values per byte, shape (n / 2, 1)."""
+    """Stands for bitsandbytes' layer of that name: two 4-bit values per byte, shape (n / 2, 1), and saved scales."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, device="meta")
@@ -58,6 +58,10 @@ class Linear4bit(nn.Linear):
     def dequantised(self):
         scale, shape = self.weight.quant_state
         return scale * (torch.cat([self.weight // 16, self.weight % 16], 1).view(shape).float() - 8)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.absmax"] = self.weight.quant_state[0]
 
     def set_compute_type(self, x):
         self.compute_dtype = x.dtype

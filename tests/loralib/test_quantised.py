@@ -120,7 +120,7 @@ def test_merge_and_cast_are_refused_and_a_fully_pruned_layer_equals_its_base(for
     model = network()
     quantise(model, form)
     x = torch.randn(5, 64)
-    expected = model(x)
+    expected, names = model(x), list(model.state_dict())
     adapt(model, "lora2")
     before = model[0].lora_E.clone()
     with pytest.raises(ValueError, match="0 cannot be merged: the weight is quantised"):
@@ -131,4 +131,4 @@ def test_merge_and_cast_are_refused_and_a_fully_pruned_layer_equals_its_base(for
     for layer in loralib.lora_layers(model).values():
         layer.keep_singular_values([])
     assert torch.equal(model(x), expected)
-    assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert list(model.state_dict()) == names
