@@ -172,8 +172,8 @@ def write_adapter(
     _check_finite("the adapter cannot be saved", tensors)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     config.weights_sha256 = hashlib.sha256(weights).hexdigest()
-    values = asdict(config)
     try:
+        values = json.loads(json.dumps(asdict(config)))  # as they will be read: in JSON every key is a text
         _config_of(values)
         text = json.dumps(values | {"config_sha256": _config_digest(values)}, indent=1, ensure_ascii=False)
     except (TypeError, ValueError) as error:  # TypeError: JSON cannot represent config.card

@@ -159,8 +159,9 @@ def test_readme_lists_the_facts_of_the_adapter_and_how_to_load_it(tmp_path, trai
     model = adapted("multiscale", widths=(2,))
     model.config = SimpleNamespace(id2label={0: "no", 1: "yes"})
     model.classifier.requires_grad_(trained)
-    card = {"task": "a|b\nc", "score": 0.51239}
+    card = {"task": "a|b\nc", "score": 0.51239, "words": {2: "x", 10: "y"}}
     folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1", card=card)
+    assert loralib.read_adapter_config(folder).card["words"] == {"2": "x", "10": "y"}  # keys of JSON are texts
     text = (folder / "README.md").read_text()
     for line in ("| base revision | r1 |", r"| task | a\|b c |", "| score | 0.5124 |"):
         assert line in text.splitlines()
