@@ -29,7 +29,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # File names of tokenizers: every tokenizer of transformers writes at least one of them.
 _TOKENIZER = ("*token*", "*vocab*", "merges.txt", "*.model", "*.spm", "bpe.codes", "dict.txt", "byte_maps.json")
-_BESIDE = (*_TOKENIZER, "*template*", "*processor_config.json")  # and what transformers saves with one
+# And what transformers saves with one.
+_BESIDE = (*_TOKENIZER, "*template*", "additional_chat_templates/*", "*processor_config.json")
 _NEW = ".new-"  # prefix of the temporary folder that new files are first written to
 
 
@@ -188,7 +189,7 @@ def write_adapter(
 
 @contextmanager
 def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterator[Path]:
-    """Yield an empty temporary folder. At the end of the block its files are moved into ``folder``.
+    """Yield an empty temporary folder. At the end of the block its files, also in subfolders, move to ``folder``.
 
     An error inside the block leaves all files of ``folder`` as they were. They are replaced one by one, the weights
     first and ``last`` at the end, so that a kill in between leaves an adapter that :func:`read_adapter` refuses.
@@ -207,14 +208,16 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
             if str(left) != new:
                 shutil.rmtree(left)
         yield Path(new)
-        files = sorted(Path(new).iterdir(), key=lambda file: (file.name == last, file.suffix != ".safetensors"))
+        names = [file.relative_to(new) for file in Path(new).rglob("*") if file.is_file()]
+        names.sort(key=lambda name: (str(name) == last, name.suffix != ".safetensors"))
         if not (target / last).exists():
-            refuse_files(target, [file.name for file in files])
-        for file in files:
-            with open(file, "rb+") as written:
+            refuse_files(target, map(str, names))
+        for name in names:
+            with open(Path(new) / name, "rb+") as written:
                 os.fsync(written.fileno())
-        for file in files:
-            os.replace(file, target / file.name)
+        for name in names:
+            (target / name).parent.mkdir(exist_ok=True)
+            os.replace(Path(new) / name, target / name)
 
 
 def refuse_files(folder: str | os.PathLike[str], names: Iterable[str] = ("*",)) -> None:
@@ -251,7 +254,9 @@ def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:
     """Copy the files of a tokenizer or an image processor."""
     for path in {path for name in _BESIDE for path in Path(adapter).glob(name)}:
         if path.is_file():
-            shutil.copy(path, folder)
+            place = folder / path.relative_to(adapter)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copy(path, place)
 
 
 def _config_digest(values: dict[str, Any]) -> str:

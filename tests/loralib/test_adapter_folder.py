@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 import loralib
 import loralib.interop.peft_method  # registers LoRA² with peft
-from loralib.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, _config_digest
+from loralib.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, _config_digest, copy_tokenizer
 from loralib.interop.export import export_merged
 from loralib.interop.peft_format import import_peft
 from loralib.interop.sharding import shard_frozen
@@ -195,6 +195,20 @@ def test_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_with_several_chat_templates_is_saved_and_copied(tmp_path):
+    """transformers writes all but the default one into a folder."""
+    template = Path("additional_chat_templates") / "tool_use.jinja"
+
+    def save_tokenizer(new):
+        (new / template).parent.mkdir()
+        (new / template).write_text("{{ tools }}")
+
+    for _ in range(2):
+        folder = loralib.save_adapter(adapted(k=2), tmp_path / "a", save_tokenizer=save_tokenizer)
+    copy_tokenizer(folder, tmp_path)
+    assert (tmp_path / template).read_text() == (folder / template).read_text() == "{{ tools }}"
 
 
 class Killed(BaseException):
