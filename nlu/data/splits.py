@@ -65,7 +65,7 @@ def load_data(arguments: Any) -> Data:
     else:
         task = TASKS[arguments.task_name]
         rows = _load_glue(task, [split for split in task.splits if wanted[split.partition("_")[0]]], arguments)
-    if held_out:
+    if held_out and "train" in rows:  # not if test rows alone are predicted
         rows |= _hold_out(task, rows["train"], arguments.holdout_fraction, arguments.holdout_seed)
     if arguments.predict_task is not None:
         other, split = TASKS[arguments.predict_task], f"test_{arguments.predict_task}"

@@ -33,6 +33,7 @@ def test_held_out_rows_are_not_trained_on_and_replace_every_validation_set(tiny_
     assert again["train"]["idx"][:] == rows["train"]["idx"][:] != other["train"]["idx"][:]
     few = load(task_name="mnli", glue_dir=str(tiny_glue), holdout_fraction=0.25, max_train_samples=9).rows
     assert few["train"]["idx"][:] == rows["train"]["idx"][:9] and len(few["validation_matched"]) == 13
+    assert set(load(["predict"], task_name="cola", glue_dir=str(tiny_glue), holdout_fraction=0.25).rows) == {"test"}
 
 
 def test_held_out_rows_of_own_files_are_stratified_by_class(tmp_path):
