@@ -162,7 +162,7 @@ def write_adapter(
     config: AdapterConfig,
     tensors: dict[str, Tensor],
     card: str,
-    save_tokenizer: Callable[[Path], Any] | None = None,
+    save_tokenizer: Callable[[Path], Any] | None,
 ) -> None:
     """Write adapter_config.json, adapter_model.safetensors, README.md with the text ``card`` and the tokenizer's files,
     see :func:`new_files`.

@@ -46,8 +46,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def factors_of(model: nn.Module) -> list[nn.Parameter]:
     """The factors of all low-rank layers. One that layers share is listed once."""
-    found = (factor for layer in lora_layers(model).values() for factor in layer.lora_parameters())
-    return list({id(factor): factor for factor in found}.values())
+    return list(dict.fromkeys(factor for layer in lora_layers(model).values() for factor in layer.lora_parameters()))
 
 
 def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -71,8 +70,8 @@ def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def svd_factors(model: nn.Module) -> list[nn.Parameter]:
     """The factors, without e, of all layers with singular values. One that layers share is listed once."""
-    found = (factor for layer in svd_layers(model).values() for factor in [*layer.lora_B, *layer.lora_A])
-    return list({id(factor): factor for factor in found}.values())
+    layers = svd_layers(model).values()
+    return list(dict.fromkeys(factor for layer in layers for factor in [*layer.lora_B, *layer.lora_A]))
 
 
 def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:

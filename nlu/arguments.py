@@ -269,7 +269,7 @@ PRUNING_FLAGS = (
     Flag("beta1", float, 0.85, "Decay of the moving average of the sensitivity.", INSIDE_1),
     Flag("beta2", float, 0.85, "Decay of the moving average of the uncertainty.", INSIDE_1),
     Flag("importance", ("inner", "full"), "inner",
-         "inner: the paper's importance score; full: the outer factors count too.", None),
+         "inner: the paper's importance score; full: the outer factors count too."),
 )  # fmt: skip
 REGULARISER_FLAGS = (
     Flag("reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", NOT_NEGATIVE),
