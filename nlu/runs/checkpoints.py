@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from nlu.errors import RunError, one_line
-from nlu.runs.processes import wait_for_all
+from nlu.runs.processes import first_computes, wait_for_all
 
 UNFINISHED = ".unfinished"
 _PROGRESS = "Progress"  # in trainer_state.json, beside the states of the Trainer's own callbacks
@@ -47,7 +47,7 @@ class WholeCheckpoints:
         """
         folder, state = Path(self.args.output_dir), self.state
         final, best = (folder / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
-        if final.exists():  # saved already
+        if first_computes(final.exists):  # saved already; on a network disk the others may not see it yet
             return
         unfinished = folder / UNFINISHED / final.name
         self.check_finite()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from nlu import fine_tuning, run_glue
-from nlu.runs.processes import end_processes, wait_for_all
+from nlu.runs.processes import end_processes, is_first, wait_for_all
 from nlu.trainer import effective_batch_size
 
 EVENTS = (
@@ -132,8 +132,11 @@ def run_signalled(flags: list[str], point: str, step: int, signum: int) -> int:
 
 
 def run_watched(flags: list[str], stop_after: int | None = None) -> None:
-    """Run and save the final state to process-RANK.pt in the run's folder, or stop by SIGTERM after a step."""
-    original = fine_tuning.train_and_evaluate
+    """Run and save the final state to process-RANK.pt in the run's folder, or stop by SIGTERM after a step.
+
+    Checkpoints show only to the first process, as on a network disk for some seconds.
+    """
+    original, exists = fine_tuning.train_and_evaluate, Path.exists
 
     def watch(trainer, checkpoint):
         original(trainer, checkpoint)
@@ -149,7 +152,10 @@ def run_watched(flags: list[str], stop_after: int | None = None) -> None:
         }
         torch.save(state, folder / f"process-{os.environ.get('RANK', '0')}.pt")
 
-    with mock.patch.object(fine_tuning, "train_and_evaluate", watch):
+    def exists_late(path, **options):
+        return exists(path, **options) and (is_first() or not path.name.startswith("checkpoint-"))
+
+    with mock.patch.object(fine_tuning, "train_and_evaluate", watch), mock.patch.object(Path, "exists", exists_late):
         if stop_after is None:
             assert run_glue.main(flags) == 0
         else:  # every process gets the signal, as from a scheduler

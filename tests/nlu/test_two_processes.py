@@ -16,7 +16,8 @@ from tests.nlu.tiny import make_encoder, make_rows, run_python, write_rows
 # rows in the last batch of an epoch (all rows of one process if there are 33) and in the evaluation of 37 rows.
 METHODS = {
     "lora2": (
-        "mrpc", 70, "--lora_r 4 --target_rank 2 --mask_interval 1 --init_warmup 1 --final_warmup 2 --lora_alpha 32"
+        "mrpc", 70, "--lora_r 4 --target_rank 2 --mask_interval 1 --init_warmup 1 --final_warmup 2 --lora_alpha 32 "
+        "--save_strategy epoch"
     ),
     "sora": ("stsb", 37, "--sora_lambda 8 --lora_alpha 32"),
     "lora2_plus": ("mrpc", 33, "--lora_r 1 --lora_k 1 --learning_rate 1e-3 --adam_epsilon 1e-4"),
