@@ -102,8 +102,10 @@ def _run_in(
     if len({*gathered(record.path.read_bytes() if record.path.exists() else b"")}) > 1:
         raise UsageError(f"{folder.path} is not one folder for all processes: name one that all machines share")
     say_start(record.fields, trainer)
-    resumes = previous is not None and trainer.args.do_train
-    run_recorded(trainer, record, last_checkpoint(folder.path / "model") if resumes else None)
+    checkpoints, resumes = folder.path / "model", previous is not None and trainer.args.do_train
+    # All processes resume from one step: on a network disk the others may not see the newest checkpoint yet.
+    found = first_computes(lambda: last_checkpoint(checkpoints)) if resumes else None
+    run_recorded(trainer, record, found and str(checkpoints / Path(found).name))
 
 
 def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[str, Any]]:

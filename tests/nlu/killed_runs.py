@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from nlu import fine_tuning, run_glue
+from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.processes import end_processes, is_first, wait_for_all
 from nlu.trainer import effective_batch_size
 
@@ -155,7 +156,14 @@ def run_watched(flags: list[str], stop_after: int | None = None) -> None:
     def exists_late(path, **options):
         return exists(path, **options) and (is_first() or not path.name.startswith("checkpoint-"))
 
-    with mock.patch.object(fine_tuning, "train_and_evaluate", watch), mock.patch.object(Path, "exists", exists_late):
+    def newest_late(folder):
+        return last_checkpoint(folder) if is_first() else None
+
+    with (
+        mock.patch.object(fine_tuning, "train_and_evaluate", watch),
+        mock.patch.object(Path, "exists", exists_late),
+        mock.patch.object(fine_tuning, "last_checkpoint", newest_late),
+    ):
         if stop_after is None:
             assert run_glue.main(flags) == 0
         else:  # every process gets the signal, as from a scheduler
