@@ -17,9 +17,10 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, data-parallel modules, ``AveragedModel`` and activation checkpoints, whose
-    prefixes must not appear in saved names."""
-    names = ("module",) if isinstance(model, _WRAPPERS) else ("_orig_mod", "_checkpoint_wrapped_module")
+    """The model inside ``torch.compile``, data-parallel modules, ``AveragedModel``, activation checkpoints and
+    Lightning Fabric's module, whose prefixes must not appear in saved names."""
+    inside = ("_orig_mod", "_checkpoint_wrapped_module", "_forward_module")
+    names = ("module",) if isinstance(model, _WRAPPERS) else inside
     inner = next((getattr(model, name) for name in names if hasattr(model, name)), None)
     return model if inner is None else unwrapped(inner)
 

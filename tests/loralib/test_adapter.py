@@ -195,13 +195,20 @@ def compiled_by_accelerate(model):  # as compile_regions does it
     return wrapped
 
 
+def set_up_by_fabric(model):
+    wrapped = nn.Module()
+    wrapped._forward_module = model
+    wrapped.forward = model.forward
+    return wrapped
+
+
 def averaged(model):
     wrapped = AveragedModel(model)
     wrapped.module = model  # not a copy
     return wrapped
 
 
-@pytest.mark.parametrize("wrap", [averaged, compiled, compiled_by_accelerate])
+@pytest.mark.parametrize("wrap", [averaged, compiled, compiled_by_accelerate, set_up_by_fabric])
 def test_wrapped_model_is_saved_under_the_names_of_the_inner_model(tmp_path, wrap):
     model, base = adapted(k=2), Net()
     wrapped = wrap(model)
