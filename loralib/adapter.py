@@ -317,7 +317,7 @@ def config_places(model: nn.Module, config: AdapterConfig) -> list[tuple[Any, st
     """(owner, attribute, value): what the adapter sets in a transformers model and in its ``config``."""
     options = config.head_options() if hasattr(model, "config") else {}
     places: list[tuple[Any, str, Any]] = [(model.config, name, value) for name, value in options.items()]
-    if options and getattr(model, "num_labels", 0) == getattr(model.config, "num_labels", None):  # its loss reads it
+    if options and vars(model).get("num_labels", 0) == getattr(model.config, "num_labels", None):  # its loss reads it
         places.append((model, "num_labels", len(options["id2label"])))
     return places
 

@@ -69,6 +69,10 @@ def test_number_of_labels_that_is_not_the_configs_is_kept(three):
     model.num_labels = 5  # a class with a head of its own, beside the encoder's config
     loralib.load_adapter(model, three["lora"][0])
     assert model.num_labels == 5 and model.config.num_labels == 2
+    del model.num_labels  # a class that reads the config's cannot be given another
+    model.__class__ = type("Reader", (type(model),), {"num_labels": property(lambda self: self.config.num_labels)})
+    loralib.load_adapter(model, three["lora"][0])
+    assert model.num_labels == 2
 
 
 def test_names_and_the_base_are_checked(three):
