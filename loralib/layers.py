@@ -328,7 +328,10 @@ class LoRALayer(nn.Linear):
         """Undoes a merge first, because loading changes W and ΔW. In peft the layer does not own W.
 
         States of Microsoft's and AdaLoRA's ``loralib`` load too: there a factor has no number, and e the shape (r, 1).
+        A quantised weight keeps the scales it has, which no layer of bitsandbytes takes from a state.
         """
+        if self._quantised is not None:
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith(f"{prefix}weight.")}
         if not self.in_peft:
             self.unmerge()
         for name in (f"{prefix}lora_A", f"{prefix}lora_B"):
