@@ -213,10 +213,10 @@ def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterat
         if not (target / last).exists():
             refuse_files(target, map(str, names))
         for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
             with open(Path(new) / name, "rb+") as written:
                 os.fsync(written.fileno())
         for name in names:
-            (target / name).parent.mkdir(exist_ok=True)
             os.replace(Path(new) / name, target / name)
 
 

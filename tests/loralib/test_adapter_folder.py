@@ -200,15 +200,23 @@ def test_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
 def test_a_tokenizer_with_several_chat_templates_is_saved_and_copied(tmp_path):
     """transformers writes all but the default one into a folder."""
     template = Path("additional_chat_templates") / "tool_use.jinja"
+    deeper = Path("one/two/tool_use.jinja")
 
-    def save_tokenizer(new):
-        (new / template).parent.mkdir()
+    def save_tokenizer(new, template=template):
+        (new / template).parent.mkdir(parents=True)
         (new / template).write_text("{{ tools }}")
 
     for _ in range(2):
         folder = loralib.save_adapter(adapted(k=2), tmp_path / "a", save_tokenizer=save_tokenizer)
     copy_tokenizer(folder, tmp_path)
     assert (tmp_path / template).read_text() == (folder / template).read_text() == "{{ tools }}"
+    loralib.save_adapter(adapted(k=2), folder, save_tokenizer=functools.partial(save_tokenizer, template=deeper))
+    assert (folder / deeper).exists()
+    plain = loralib.save_adapter(adapted(k=2), tmp_path / "b")
+    (plain / template.parent).write_text("a file in the place of the folder")
+    with pytest.raises(FileExistsError):
+        loralib.save_adapter(adapted(k=3), plain, save_tokenizer=save_tokenizer)
+    loralib.load_adapter(Net(), plain)  # as it was
 
 
 class Killed(BaseException):
