@@ -166,6 +166,9 @@ def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_fa
     assert table.z["b", 2e-3] == pytest.approx(expected)
     barred = choose_rates(runs.assign(failed=True))  # all of them: the best scores decide
     assert barred.barred.all() and list(barred.value[barred.chosen]) == [2e-3, 2e-3]
+    crashed = runs["last"].mask((runs.value == 2e-3) & (runs.task == "rte"))  # a mean of the other task is no score
+    partial = choose_rates(runs.assign(last=crashed, failed=True))
+    assert list(partial.value[partial.chosen]) == [1e-3, 1e-3]
     equal = choose_rates(runs.assign(last=50.0, failed=False))  # the lowest of equally good rates
     assert list(equal.value[equal.chosen]) == [1e-3, 1e-3]
 
