@@ -30,7 +30,7 @@ PARSERS = {
 def commands(page: Path) -> list[list[str]]:
     """The words of every command of a page, indented or in backticks, without comments; a backslash joins lines."""
     text = re.sub(r"\\+\n", " ", page.read_text(encoding="utf-8"))
-    start = r"(?:[A-Z_]+=\S+ )*(?:python|bash) "
+    start = r"(?:cat \S+ \| )?(?:[A-Z_]+=\S+ )*(?:python|bash) "
     lines = re.findall(rf"^    ({start}.*)$", text, re.M) + re.findall(rf"`({start}[^`]*)`", text)
     return [shlex.split(line, comments=True) for line in lines]
 
@@ -55,8 +55,15 @@ def test_commands_name_existing_programs_flags_and_files(page):
         else:
             known = set(re.findall(r"--\w+", (ROOT / program).read_text()))
         assert given <= known, (words, given - known)
+        rest = words[words.index(program) + 1 :]
         if program == "nlu/run_glue.py":
-            command_line.parse_arguments(words[words.index(program) + 1 :])
+            command_line.parse_arguments(rest)
+        elif program == "nlu/compare.py":
+            own, flags = compare.own_parser().parse_known_args(rest)
+            for run in compare.plan(own, compare.flag_values(flags))[1].runs:
+                run.parse()
+        elif program in PARSERS and rest:
+            PARSERS[program]().parse_args(rest)
         for word in words:
             assert not re.match(r"(configs|scripts|nlu|benchmarks)/", word) or (ROOT / word).exists(), word
 
