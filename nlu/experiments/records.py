@@ -38,7 +38,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         run: what the sweep asked for.
         record: the run's `results.json`; its status is "finished" or "failed".
     """
-    set_values = {name: value for name, value in record.get("arguments", {}).items() if value != DEFAULTS.get(name)}
+    own = {n: v for n, v in record.get("arguments", {}).items() if n not in PLACES and v != DEFAULTS.get(n)}
     entries = record.get("evaluations") or []
     names = dict.fromkeys(name for entry in entries for name in entry if name != "epoch")
     evaluations = {name: [entry.get(name) for entry in entries] for name in names}
@@ -58,7 +58,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "task": record.get("task"),
         "method": record.get("method"),
         "seed": seed,
-        "arguments": {name: value for name, value in set_values.items() if name not in PLACES},
+        "arguments": own,
         "evaluations": evaluations,
         **{name: record.get(name) for name in COPIED},
         "training_loss": training_losses(record),
