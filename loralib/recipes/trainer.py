@@ -9,8 +9,6 @@ Besides the Trainer's own files, a checkpoint contains
                           Resuming and ``load_best_model_at_end`` read this file, so that the names under which
                           transformers saves a model do not matter. The frozen base is not written.
     low_rank.pt           the state of ``low_rank``.
-
-transformers is imported only when a trainer is made.
 """
 
 from __future__ import annotations
@@ -20,25 +18,21 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Trainer, TrainerCallback
 
 from loralib.model import load_trained_tensors, trained_tensors, unwrapped
 from loralib.training import LowRankTraining, unscale
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object  # the Trainer is another base of the class that uses the mix-in
-
 STATE_FILE, TRAINED_FILE = "low_rank.pt", "trained.safetensors"
 
 
-class LowRankTrainerMixin(_Trainer):
-    """Goes before transformers' Trainer (or a subclass) in the bases of a class.
+class LowRankTrainerMixin(Trainer, TrainerCallback):
+    """Goes before transformers' Trainer (or a subclass) in the bases of a class. The trainer is then its own callback.
 
     It adds the regulariser's gradient, calls the allocator after every optimiser step, and saves its state
     in the checkpoints, so that ``resume_from_checkpoint`` continues exactly where the training stopped.
@@ -57,11 +51,22 @@ class LowRankTrainerMixin(_Trainer):
     def __init__(self, *args: Any, low_rank: LowRankTraining, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.low_rank = low_rank
-        own: Any = type(self)
-        trainer = weakref.ref(self)  # no cycle, so that a deleted trainer frees its memory at once
-        self.add_callback(_loop_callback(trainer))
+        # Weak references make no cycle, so that a deleted trainer frees its memory at once.
+        self.add_callback(weakref.proxy(self))
         # The outermost method is wrapped, so that a subclass with its own loss or step keeps the penalty.
-        self.training_step = partial(_with_penalty, trainer, own.training_step)
+        own: Any = type(self)
+        self.training_step = partial(_with_penalty, weakref.ref(self), own.training_step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:  # a resumed training was started when its state was loaded
+            self.low_rank.start(state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        unscale(self.optimizer)
+        self.low_rank.before_step(self.optimizer)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.low_rank.after_step()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overridden to write the trained tensors once, under the model's own names, and the state of ``low_rank``; and
@@ -118,21 +123,3 @@ def _with_penalty(reference: Callable[[], Any], training_step: Callable[..., Any
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
     return loss
-
-
-def _loop_callback(trainer: Callable[[], Any]) -> Any:
-    from transformers import TrainerCallback
-
-    class LoopCallback(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 0:  # a resumed training was started when its state was loaded
-                trainer().low_rank.start(state.max_steps)
-
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            unscale(kwargs["optimizer"])
-            trainer().low_rank.before_step(kwargs["optimizer"])
-
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            trainer().low_rank.after_step()
-
-    return LoopCallback()
