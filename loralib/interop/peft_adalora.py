@@ -22,20 +22,6 @@ from loralib.training import check_optimizers
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
 
 
-class _Allocator(RankAllocator):
-    """peft's allocator, also for a budget that leaves nothing to prune: there peft's raises (its issue 2337)."""
-
-    def mask_to_budget(self, model: nn.Module, budget: int) -> dict[str, list[bool]]:
-        """Zero all but the ``budget`` most important singular values, and those that tie with the best of the zeroed.
-
-        Returns the parameter name of E -> kept ones.
-        """
-        if budget < self.init_bgt:
-            return super().mask_to_budget(model, budget)
-        ending = f"lora_E.{self.adapter_name}"
-        return {name: [True] * len(p) for name, p in model.named_parameters() if name.endswith(ending)}
-
-
 class _Unregularised(AdaLoraModel):
     """peft's model, whose loss is the task's alone. With peft's regulariser in it, a Trainer that accumulates gradients
     would count the regulariser several times, and one that computes its own loss not at all."""
@@ -61,7 +47,7 @@ class AdaLoraTraining:
         tuner.__class__ = _Unregularised
         self.tuner, self.adapter = tuner, tuner.trainable_adapter_name
         self.config = tuner.peft_config[self.adapter]
-        tuner.rankallocator = _Allocator(tuner.model, self.config, self.adapter)
+        tuner.rankallocator = RankAllocator(tuner.model, self.config, self.adapter)  # for the ranks as loaded
         self.layers = {name: module for name, module in tuner.model.named_modules()
                        if isinstance(module, AdaLoraLayer) and self.adapter in module.lora_E}  # fmt: skip
         self.steps_done = 0
@@ -102,7 +88,9 @@ class AdaLoraTraining:
         for factor in self._factors():
             if factor.grad is None:  # the step did not use this module
                 factor.grad = torch.zeros_like(factor)
-        self.tuner.update_and_allocate(self.steps_done)
+        allocator = self.tuner.rankallocator
+        if allocator.target_bgt < allocator.init_bgt:  # else peft raises (its issue 2337)
+            self.tuner.update_and_allocate(self.steps_done)
         if self.steps_done < self.config.total_step - self.config.tfinal:  # the last masking is still to come
             # With a pattern, peft would save the factors without the singular values that the last mask pruned, though
             # the optimiser has moved them away from 0 since. A model with other ranks could not load such a file.
