@@ -89,8 +89,7 @@ def export_peft(
             weight was trained beside its low-rank update or is tied; or if ``folder`` holds files that are not peft's.
     """
     if is_peft(adapter):
-        values, scaled, head = read_pairs(adapter)
-        pairs = {name: (b * s, a) for name, (b, a, s) in scaled.items()}
+        values, pairs, head = read_pairs(adapter)
         fields = {name: values.get(name) for name in _KEPT}
         if base_model not in (None, fields["base_model_name_or_path"]):
             fields |= {"base_model_name_or_path": base_model, "revision": None}
@@ -105,7 +104,8 @@ def export_peft(
     if base_model not in (None, config.base_model):
         config = replace(config, base_model=base_model, base_revision=None)
     modules = {name: group for name, group in config.modules.items() if group.live(name)}
-    pairs = {name: _pair(_factors(name, group, tensors), group.lora_alpha / group.r) for name, group in modules.items()}
+    factors = {name: _factors(name, group, tensors) for name, group in modules.items()}
+    pairs = {name: (*_pair(factors[name]), group.lora_alpha / group.r) for name, group in modules.items()}
     head = {name: tensors[name] for name in config.head}
     card = adapter_card(config, "peft", _how_to_load(config))
     return _write_peft(adapter, folder, pairs, head, _peft_fields(config), card)
@@ -119,31 +119,35 @@ def _factors(name: str, group: LayerGroup, tensors: dict[str, Tensor]) -> list[T
     return [tensors[f"{name}.{part}"] for part in names]
 
 
-def _pair(factors: list[Tensor], scaling: float) -> tuple[Tensor, Tensor]:
-    """(B, A) in float32, shapes (out, ρ) and (ρ, in): B A is the scaled product of the factors, split at its narrowest
-    place. A factor with one dimension stands for a diagonal matrix."""
-    matrices = [factor.double() if factor.dim() == 2 else torch.diag(factor.double()) for factor in factors]
+def _pair(factors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(B, A) in float32, shapes (out, ρ) and (ρ, in): B A is the product of the factors, split at its narrowest place.
+    The middle one of an odd number is e, which stands for a diagonal matrix; its zeros are left out."""
+    matrices = [factor.double() for factor in factors]
+    if len(matrices) % 2:
+        middle = len(matrices) // 2
+        e = matrices[middle].flatten()
+        live = e.nonzero().flatten()
+        matrices[middle : middle + 1] = torch.eye(len(e)).double()[:, live], torch.diag(e)[live]
     narrowest = min(range(1, len(matrices)), key=lambda i: len(matrices[i]))
     left, right = (reduce(torch.matmul, part) for part in (matrices[:narrowest], matrices[narrowest:]))
-    return (left * scaling).float(), right.float()
+    return left.float(), right.float()
 
 
 def _write_peft(
     adapter: str | os.PathLike[str],
     folder: str | os.PathLike[str],
-    pairs: dict[str, tuple[Tensor, Tensor]],
+    pairs: dict[str, tuple[Tensor, Tensor, float]],
     head: dict[str, Tensor],
     fields: dict[str, Any],
     card: str | None,
 ) -> dict[str, int]:
-    """Write the pairs (B, A) with ΔW = B A, and ``adapter``'s tokenizer. Returns the ranks."""
-    ranks = {name: len(right) for name, (_, right) in pairs.items()}
+    """Write the pairs, see :func:`read_pairs`, and ``adapter``'s tokenizer. Returns the ranks."""
+    ranks = {name: len(a) for name, (_, a, _) in pairs.items()}
     if not ranks:
         raise ValueError("the adapter holds no low-rank update: peft's LoRA format cannot express it")
     state = {PREFIX + name: tensor for name, tensor in head.items()}
-    for name in ranks:
-        for side, factor in zip("BA", pairs[name], strict=True):
-            state[f"{PREFIX}{name}.lora_{side}.weight"] = factor.contiguous()
+    for name, (b, a, s) in pairs.items():
+        state |= {f"{PREFIX}{name}.lora_B.weight": b * s, f"{PREFIX}{name}.lora_A.weight": a}
     most = max(ranks.values())
     # peft takes the first expression that matches the end of a name. With ^, each of these matches one module only.
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
@@ -263,8 +267,8 @@ def read_pairs(
     modules without any others.
 
     Returns:
-        The configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors. A LoRA
-        keeps its scaling s, so that it can be trained on; in other adapters s = 1, and the scaling is in B.
+        The configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors. The
+        scaling s is the adapter's, so that it can be trained on.
 
     Raises:
         ValueError: see :func:`import_peft`.
@@ -280,18 +284,8 @@ def read_pairs(
     for name in names:
         try:
             factors = [state.pop(name + part) for part in parts]
-            s, inside = _scaling(values, name, len(factors[-1])), 1.0
-            if len(factors) > 2:  # e in the middle: keep what belongs to its live singular values
-                s, inside = 1.0, s
-                i = len(factors) // 2
-                e = factors[i].flatten()
-                if not factors[i - 1].shape[1] == len(factors[i]) == len(e) == len(factors[i + 1]):
-                    raise ValueError("its singular values do not fit its matrices")
-                live = e.nonzero().flatten()
-                factors[i - 1 : i + 2] = factors[i - 1][:, live], e[live], factors[i + 1][live]
-            if sum(factor.dim() != 2 for factor in factors) != len(factors) % 2:  # only e is a vector
-                raise ValueError("a factor is not a matrix")
-            b, a = _pair(factors, inside)
+            b, a = _pair(factors)
+            s = _scaling(values, name, len(a))
             if b.shape[1] != len(a) or not (math.isfinite(s) and b.isfinite().all()):
                 raise ValueError("its matrices have no common rank, or the scaling is not finite")
             if len(a):
