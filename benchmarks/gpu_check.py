@@ -39,6 +39,7 @@ SMALL = DEVICE == "cpu"
 FLOAT32, BFLOAT16 = 1e-4, 4 * 2.0**-8
 FEW = ("lora2", "lora2_plus", "bitfit")
 WAITING = {"peft_adalora": "peft's allocator waits"}
+DIE = "import sys; from tests.nlu.killed_runs import run_killed; run_killed(sys.argv[1:], 'on_save', 2)"
 SECONDS = 525  # for all checks: 9 minutes, less the time to start and to end
 
 
@@ -128,7 +129,7 @@ def resume() -> str:
     """A run that is killed and resumed under --full_determinism ends bit for bit like an uninterrupted one."""
     from safetensors.torch import load_file
 
-    from tests.nlu.tiny import make_encoder, make_rows, write_rows
+    from tests.nlu.tiny import make_encoder, make_rows, tiny_run, write_rows
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -136,37 +137,24 @@ def resume() -> str:
         for seed, split in enumerate(("train", "validation")):
             write_rows(folder / f"glue/cola/{split}.jsonl", make_rows(("sentence",), False, 48, seed))
         steps = 6 if SMALL else 20
-        command = [
-            sys.executable, "nlu/run_glue.py", "--model_name_or_path", str(folder / "encoder"), "--task_name", "cola",
-            "--glue_dir", str(folder / "glue"), "--do_train", "--max_steps", str(steps), "--save_strategy", "steps",
-            "--per_device_train_batch_size", "8", "--learning_rate", "1e-2", "--save_steps", "2", "--method", "lora2",
-            "--save_total_limit", "50", "--full_determinism", "True",
-        ]  # fmt: skip
+        options = ["--max_steps", str(steps), "--method", "lora2", "--save_total_limit", "50", "--full_determinism"]
         weights = []
-        for run_name, killed in (("straight", False), ("killed", True)):
-            out = folder / run_name
-            command_line = [*command, "--root_output_dir", str(out)]
-            if killed:
-                _kill_once(command_line, out / "model/checkpoint-2")
-                if (out / f"model/checkpoint-{steps}").exists():
-                    raise Skipped("the run ended before it could be killed")
-            done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True)
+        for out in ("straight", "killed"):
+            flags = [*tiny_run(folder / "encoder", folder / "glue", folder / out), *options]
+            if out == "killed" and (code := _run("-c", DIE, *flags).returncode) != -signal.SIGKILL:
+                raise Failed(f"the run that was to be killed ended with code {code}")
+            done = _run("nlu/run_glue.py", *flags)
             if done.returncode:
-                raise Failed(f"{run_name}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
-            weights.append(load_file(out / f"model/checkpoint-{steps}/trained.safetensors"))
+                raise Failed(f"{out}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            weights.append(load_file(folder / out / f"model/checkpoint-{steps}/trained.safetensors"))
     different = [key for key in weights[0] if not torch.equal(weights[0][key], weights[1][key])]
     if different or weights[0].keys() != weights[1].keys():
         raise Failed(f"{len(different)} of {len(weights[0])} tensors differ")
     return f"{len(weights[0])} tensors are equal in every bit after {steps} steps"
 
 
-def _kill_once(command: list[str], after: Path) -> None:
-    """Start a run, and kill it when the checkpoint ``after`` exists."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not after.is_dir():
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+def _run(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
 def benchmark() -> str:
