@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,7 +31,7 @@ from transformers.utils import logging
 from benchmarks.peers import Shape, Trained, deberta, train_step
 from nlu.arguments import Arguments
 from nlu.command_line import METHOD_FOLDER, method_file, parse_arguments
-from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.errors import OneLineParser, UsageError, program
 from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS
@@ -139,17 +140,15 @@ def machine() -> dict[str, Any]:
     return {"cpu": processor(), "instructions": torch.backends.cpu.get_cpu_capability(), "versions": versions()}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the machine and the losses of the named methods (default: all) as JSON. Returns the exit code."""
+@program
+def main(words: Sequence[str]) -> None:
+    """Print the machine and the losses of the named methods (default: all) as JSON."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help="methods to measure (all)")
     known = method_flags()
-    try:
-        names = parser.parse_args(argv).methods
-        if unknown := [name for name in names if name not in known]:
-            raise UsageError(f"no method is called {unknown[0]!r}: there are {', '.join(known)}")
-    except UsageError as error:
-        return exit_code(error)
+    names = parser.parse_args(words).methods
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"no method is called {unknown[0]!r}: there are {', '.join(known)}")
     logging.set_verbosity_error()
     torch.set_num_threads(1)
     measured = {name: losses(flags) for name, flags in known.items() if not names or name in names}
@@ -157,7 +156,6 @@ def main(argv: list[str] | None = None) -> int:
     renew = "python -m benchmarks.losses > tests/nlu/golden_losses.json; say in the commit why they moved"
     head = json.dumps({"renew": renew, "machine": machine()}, indent=1)
     print(f'{head[:-2]},\n "losses": {{\n{rows}\n }}\n}}')
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import random
 import signal
 import statistics
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -39,7 +39,7 @@ from benchmarks.report import Measurement, section
 from nlu import tasks
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 from nlu.data.glue import load_split
-from nlu.errors import OneLineParser, UsageError, exit_code, reason
+from nlu.errors import OneLineParser, program, reason
 from nlu.experiments.launchers import available_cores
 from nlu.runs.files import write_text
 from nlu.runs.machine import now, processor, versions
@@ -53,7 +53,7 @@ TOKENS_A_WORD = 1.3  # an estimate for English, because DeBERTaV3's tokenizer is
 SPECIAL_TOKENS = 3
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(words: Sequence[str]) -> argparse.Namespace:
     """Read the arguments; --quick changes the defaults of others."""
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
@@ -69,9 +69,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=available_cores(), help="threads per peer (all cores)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--name", default="latest", help="name of the record; it replaces an earlier one of that name (latest)")
-    quick, _ = parser.parse_known_args(argv)
+    quick, _ = parser.parse_known_args(words)
     parser.set_defaults(**(QUICK if quick.quick else {}))
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     # With frozen embeddings the vocabulary adds no time to a step, but filling it at random takes each peer minutes.
     arguments.vocabulary = 8_000 if arguments.quick else 128_100
     return arguments
@@ -230,13 +230,11 @@ def write(record: dict[str, Any]) -> None:
     write_text(RESULTS / "README.md", "\n".join(["# Measured steps\n", *map(section, ordered)]))
 
 
-def main(argv: list[str] | None = None) -> int:
+@program
+def main(words: Sequence[str]) -> int:
     """Run the command. Returns the exit code."""
-    try:
-        arguments = parse(argv)
-        settings = plan(arguments)
-    except UsageError as error:
-        return exit_code(error)
+    arguments = parse(words)
+    settings = plan(arguments)
     started_at = now()
     found, failure, code = measure_all(arguments, settings)
     if found:  # an empty record must not replace an earlier one of that name

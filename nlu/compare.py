@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nlu.arguments import positive_int
 from nlu.command_line import method_file, read_flags
-from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.errors import OneLineParser, UsageError, program
 from nlu.experiments.experiment import Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.records import label_of, read_lines, settings_of
@@ -36,13 +37,46 @@ _FOR_ALL = {
 }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Compare; returns the exit code: 0, 1 if a run failed, 2 for bad arguments, 128 + signal when stopped."""
-    try:
-        args, rest = own_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
-        return compare(args, flag_values(rest))
-    except BaseException as error:
-        return exit_code(error)
+@program
+def main(words: Sequence[str]) -> int:
+    """Check everything, run what is not finished, and write the table and the figures.
+
+    Returns the exit code: 0, 1 if a run failed, 128 + the signal's number when stopped.
+
+    Raises:
+        UsageError: anything that the user can correct, before the first run starts.
+    """
+    args, rest = own_parser().parse_known_args(words)
+    tuning, final = plan(args, flag_values(rest))
+    firsts = {run.axes["method"]: run for run in final.runs if run.axes["seed"] == 1}
+    parsed = {spec: run.parse() for spec, run in firsts.items()}
+    # These imports take seconds, so a command with an error is refused before them.
+    from nlu.data.splits import load_data
+    from nlu.experiments.comparison import write_comparison
+    from nlu.experiments.fairness import shape_of, unlike
+
+    for experiment in filter(None, (tuning, final)):
+        load_data(experiment.runs[0].parse())  # an error in the data shows now, not in every run
+    shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
+    labels = {spec: label_of(run, parsed[spec].method) for spec, run in firsts.items()}
+    warnings = unlike(shapes)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    notes = [f"Not alike: {warning}." for warning in warnings]
+    code, tried = 0, []
+    if tuning is not None:
+        code, tried = _run(tuning, args)
+        if code > 1:  # stopped
+            return code
+        rates = _chosen_rates(tuning, tried, labels)
+        notes += _about_rates(tuning, rates, labels)
+        runs = [run for run in final.runs if run.axes["method"] in rates]
+        runs = [replace(run, arguments=run.arguments | {"learning_rate": rates[run.axes["method"]]}) for run in runs]
+        final = replace(final, runs=runs)
+    final_code, lines = _run(final, args)
+    scales = {label: shapes[spec].scale for spec, label in labels.items()}
+    write_comparison(lines, tried, scales, notes, args.output_dir / final.name)
+    return max(code, final_code)
 
 
 def own_parser() -> argparse.ArgumentParser:
@@ -77,44 +111,6 @@ def flag_values(words: list[str]) -> dict[str, Any]:
         if name in values:
             raise UsageError(f"--{name} is set by compare.py: use --methods, --seeds and --output_dir instead")
     return values
-
-
-def compare(args: argparse.Namespace, flags: dict[str, Any]) -> int:
-    """Check everything, run what is not finished, and write the table and the figures.
-
-    Raises:
-        UsageError: anything that the user can correct, before the first run starts.
-    """
-    tuning, final = plan(args, flags)
-    firsts = {run.axes["method"]: run for run in final.runs if run.axes["seed"] == 1}
-    parsed = {spec: run.parse() for spec, run in firsts.items()}
-    # These imports take seconds, so a command with an error is refused before them.
-    from nlu.data.splits import load_data
-    from nlu.experiments.comparison import write_comparison
-    from nlu.experiments.fairness import shape_of, unlike
-
-    for experiment in filter(None, (tuning, final)):
-        load_data(experiment.runs[0].parse())  # an error in the data shows now, not in every run
-    shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
-    labels = {spec: label_of(run, parsed[spec].method) for spec, run in firsts.items()}
-    warnings = unlike(shapes)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    notes = [f"Not alike: {warning}." for warning in warnings]
-    code, tried = 0, []
-    if tuning is not None:
-        code, tried = _run(tuning, args)
-        if code > 1:  # stopped
-            return code
-        rates = _chosen_rates(tuning, tried, labels)
-        notes += _about_rates(tuning, rates, labels)
-        runs = [run for run in final.runs if run.axes["method"] in rates]
-        runs = [replace(run, arguments=run.arguments | {"learning_rate": rates[run.axes["method"]]}) for run in runs]
-        final = replace(final, runs=runs)
-    final_code, lines = _run(final, args)
-    scales = {label: shapes[spec].scale for spec, label in labels.items()}
-    write_comparison(lines, tried, scales, notes, args.output_dir / final.name)
-    return max(code, final_code)
 
 
 def _chosen_rates(tuning: Experiment, lines: list[dict[str, Any]], labels: dict[str, str]) -> dict[str, float]:

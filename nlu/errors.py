@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import functools
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 
@@ -62,6 +63,22 @@ def exit_code(error: BaseException) -> int:
     return code
 
 
+def program(body: Callable[[Sequence[str]], int | None]) -> Callable[..., int]:
+    """Decorates what a program does with the words of its command line; the result takes them and returns an exit code.
+
+    An exception is reported by :func:`exit_code`; None counts as 0.
+    """
+
+    @functools.wraps(body)
+    def main(words: Sequence[str] | None = None) -> int:
+        try:
+            return body(sys.argv[1:] if words is None else words) or 0
+        except BaseException as error:
+            return exit_code(error)
+
+    return main
+
+
 def discard_output() -> None:
     """Let further lines go nowhere, once the reader of our output has ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,16 +93,15 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        words = sys.argv[1:] if args is None else args
-        for flag in (word.partition("=")[0] for word in words):
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:
+        for flag in (word.partition("=")[0] for word in args):
             if flag.startswith("--") and flag not in self._option_string_actions:
                 listed = [name for name, at in self._option_string_actions.items() if at.help != argparse.SUPPRESS]
                 near = difflib.get_close_matches(flag, listed, 1, 0.7)
                 raise UsageError(
                     f"unknown argument {flag[:80]}: {f'did you mean {near[0]}?' if near else 'see --help'}"
                 )
-        return super().parse_args(words, namespace)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises UsageError."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from nlu.arguments import positive_int
 from nlu.data.file_formats import FORMATS, Reader, Row
-from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.errors import OneLineParser, UsageError, program
 from nlu.json_yaml import finite
 from nlu.runs.files import open_new
 from nlu.runs.signals import stopped_by_signals
@@ -32,8 +32,11 @@ from nlu.runs.signals import stopped_by_signals
 BATCHES_IN_BUFFER = 32  # batches whose rows are sorted by length together: more save padding, fewer write sooner
 
 
-def run(arguments: argparse.Namespace) -> None:
+@program
+@stopped_by_signals()
+def main(words: Sequence[str]) -> None:
     """Predict a whole input; raises UsageError for anything that the user can correct."""
+    arguments = build_parser().parse_args(words)
     if arguments.input != "-" and os.path.realpath(arguments.input) == os.path.realpath(arguments.output):
         raise UsageError(f"--output {arguments.output} is the input, which would be overwritten: name another file")
     kind = arguments.output_format or ("csv" if arguments.output.lower().endswith(".csv") else "jsonl")
@@ -133,16 +136,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_seq_length", type=positive_int,
         help="most tokens per row; the rest is cut (default: as in training; not recorded: 512)")  # fmt: skip
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 2 for bad arguments or input, with one line on stderr."""
-    with stopped_by_signals():
-        try:
-            run(build_parser().parse_args(argv))
-        except BaseException as error:
-            return exit_code(error)
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,22 +9,20 @@ versions give the same files, byte for byte. All numbers, to six digits, go to t
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nlu import CONFIGS
-from nlu.errors import OneLineParser, exit_code
+from nlu.errors import OneLineParser, program
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the report; returns the exit code: 0, or 2 for bad input."""
-    try:
-        args = build_parser().parse_args(argv)
-        from nlu.experiments.page import write_report  # takes seconds, so wrong flags are refused first
+@program
+def main(words: Sequence[str]) -> None:
+    """Write the report."""
+    args = build_parser().parse_args(words)
+    from nlu.experiments.page import write_report  # takes seconds, so wrong flags are refused first
 
-        write_report(args.measured_dir, args.output_dir or args.measured_dir.absolute().parent, args.claims)
-    except BaseException as error:
-        return exit_code(error)
-    return 0
+    write_report(args.measured_dir, args.output_dir or args.measured_dir.absolute().parent, args.claims)
 
 
 def build_parser() -> argparse.ArgumentParser:

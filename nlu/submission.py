@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.errors import OneLineParser, UsageError, program
 from nlu.runs.files import write_bytes
 from nlu.tasks import TASKS
 
@@ -50,27 +50,24 @@ def find_predictions(folders: Sequence[str | Path]) -> dict[str, Path]:
     return {name: found[name] for name in _SERVER}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+@program
+def main(words: Sequence[str]) -> None:
+    """Write the zip."""
     parser = OneLineParser(prog="submission.py", description=__doc__)
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="a run's --root_output_dir, or a folder of TSV files"
     )
     parser.add_argument("--out", default="submission.zip", help="the zip to write (default: %(default)s)")
-    try:
-        options = parser.parse_args(arguments)
-        taken = find_predictions(options.folders)
-        content = io.BytesIO()
-        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, path in taken.items():
-                archive.writestr(name, path.read_bytes())  # write() refuses files older than 1980
-        write_bytes(options.out, content.getvalue())
-    except BaseException as error:
-        return exit_code(error)
+    options = parser.parse_args(words)
+    taken = find_predictions(options.folders)
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, path in taken.items():
+            archive.writestr(name, path.read_bytes())  # write() refuses files older than 1980
+    write_bytes(options.out, content.getvalue())
     for name, path in taken.items():
         print(f"{name:<10} {_SERVER[name]:>7,} rows  {path}")
     print(f"wrote {options.out} with {len(taken)} files")
-    return 0
 
 
 if __name__ == "__main__":

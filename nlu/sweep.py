@@ -24,12 +24,13 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nlu.arguments import positive_int
-from nlu.errors import OneLineParser, UsageError, exit_code
+from nlu.errors import OneLineParser, UsageError, program
 from nlu.experiments.experiment import Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.sweep_loop import Sweep
@@ -57,20 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the sweep; returns the exit code: 0 all finished, 1 some failed, 2 bad input, 128 + signal when stopped."""
-    try:
-        return run_sweep(build_parser().parse_args(argv))
-    except BaseException as error:
-        return exit_code(error)
-
-
-def run_sweep(args: argparse.Namespace) -> int:
+@program
+def main(words: Sequence[str]) -> int:
     """Check everything, then run what is not finished.
+
+    Returns the exit code: 0 all finished, 1 some failed, 128 + the signal's number when stopped.
 
     Raises:
         UsageError: anything wrong with the file, the flags or the records found, before the first run starts.
     """
+    args = build_parser().parse_args(words)
     experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
     if args.only is not None:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
