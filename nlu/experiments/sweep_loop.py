@@ -18,7 +18,7 @@ from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLa
 from nlu.experiments.records import measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.files import locked
-from nlu.runs.identity import changes, content_digests
+from nlu.runs.identity import FREE, changes, content_digests
 from nlu.runs.signals import handled_by
 
 _POLL_SECONDS = 0.1
@@ -62,13 +62,12 @@ class Sweep:
         arguments = run.parse()
         digests = content_digests(arguments.values)
         arguments.values = portable(arguments.values)  # as the line's
-        changed = changes(arguments, digests, line)
         # Without a total, the rows of a step follow from these and the number of processes, which --command decides.
-        then, parts = DEFAULTS | line["arguments"], ("per_device_train_batch_size", "gradient_accumulation_steps")
-        if arguments.total_batch_size is None:
-            changed |= {name for name in parts if arguments.values[name] != then[name]}
-        elif arguments.total_batch_size != line.get("effective_batch_size"):
+        parts, total = {"per_device_train_batch_size", "gradient_accumulation_steps"}, arguments.total_batch_size
+        changed = changes(arguments, digests, line, FREE if total else FREE - parts)
+        if total not in (None, line.get("effective_batch_size")):
             changed.add("total_batch_size")
+        then = DEFAULTS | line["arguments"]
         values = [(name, then.get(name), arguments.values.get(name)) for name in sorted(changed)]
         return ", ".join(f"{name} {old} → {new}" if old != new else name for name, old, new in values)
 
