@@ -33,8 +33,6 @@ from nlu.errors import UsageError, reason
 from nlu.json_yaml import read_yaml
 from nlu.runs.identity import INPUTS
 
-# Only the last part of these paths is compared and recorded, so that records name no folder of this machine.
-_PATH_ARGUMENTS = tuple(name for name in INPUTS if name != "glue_dir")
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
 
@@ -102,9 +100,9 @@ def make_experiment(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise UsageError(f"the name {name} must be a word of letters, digits, _ . and - (it becomes a folder)")
     choices = {axis: _choices(axis, labels) for axis, labels in grid.items()}
-    every = [dict(zip(choices, labels, strict=True)) for labels in itertools.product(*choices.values())]
     runs = []
-    for axes in every:
+    for labels in itertools.product(*choices.values()):
+        axes = dict(zip(choices, labels, strict=True))
         if any(_matches(when, axes, choices) for when in exclude or []):
             continue
         arguments = (base or {}) | _of_labels(axes, choices)
@@ -150,7 +148,7 @@ def _matches(when: dict[str, Any], axes: dict[str, Any], choices: dict[str, dict
 
 
 def _check(runs: list[Run], flags: list[str]) -> None:
-    """Refuse runs that lack a required argument, have a misleading name, or share a folder.
+    """Refuse runs without a method or a seed (a default is no label), with a misleading name, or in one folder.
 
     Args:
         flags: the axes that are flags; their values are part of the runs' names.
@@ -159,11 +157,9 @@ def _check(runs: list[Run], flags: list[str]) -> None:
         raise UsageError("no run is left: the grid has an axis without values, or exclude removes every combination")
     seen = {"", "logs"}
     for run in runs:
-        for names in ("method",), ("seed",), ("task_name", "train_file"), ("model_name_or_path", "published"):
-            if all(run.arguments.get(name) is None for name in names):
-                raise UsageError(
-                    f"no {' or '.join(names)} is given: add --{names[0]} VALUE, or --set {names[0]}=VALUE for sweep.py"
-                )
+        for name in ("method", "seed"):
+            if run.arguments.get(name) is None:
+                raise UsageError(f"no {name} is given: add it to the experiment, or --set {name}=VALUE")
         for flag in flags:
             if run.arguments.get(flag) != run.axes[flag]:
                 raise UsageError(f"{run.name}: {flag} is an axis of the grid; do not set it elsewhere too")
@@ -189,8 +185,7 @@ def portable(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {
-            key: Path(item).name if key in _PATH_ARGUMENTS and _is_place(item) else portable(item)
-            for key, item in value.items()
+            key: Path(item).name if key in INPUTS and _is_place(item) else portable(item) for key, item in value.items()
         }
     if isinstance(value, list):
         return [portable(item) for item in value]
