@@ -218,7 +218,8 @@ def score_text(frame: pd.DataFrame, claims: pd.DataFrame | None = None) -> pd.Da
         if f"{name}_std" in frame:
             base, _, kind = (name, "", "") if name in HEADINGS else name.rpartition("_")
             heading = f"{HEADINGS.get(base, base)} {kind}".strip()
-            text[heading] = [_with_deviation(*each) for each in zip(frame[name], frame[f"{name}_std"], strict=True)]
+            deviations = frame[f"{name}_std"].map(lambda value: "" if pd.isna(value) else f" ± {number(value, 1)}")
+            text[heading] = frame[name].map(lambda value: number(value, 1)) + deviations
         elif name.endswith("_published"):
             text[f"{HEADINGS[name.removesuffix('_published')]} published"] = frame[name].map(number)
     if sum(name in HEADINGS for name in frame.columns) > 1:
@@ -233,15 +234,15 @@ def score_text(frame: pd.DataFrame, claims: pd.DataFrame | None = None) -> pd.Da
         f"{row.failed} ({range_text(100 * row.failed_low, 100 * row.failed_high)} %)" for row in frame.itertuples()
     ]
     if claims is not None and len(claims):
-        against = dict(zip(frame.row, frame.against, strict=True))
-        verdicts: dict[str, list[str]] = {}
-        for claim in claims[claims.task == ALL].itertuples():
-            verdicts.setdefault(claim.row, []).append(_verdict(claim, against.get(claim.row)))
-        text["claim"] = ["; ".join(verdicts.get(label, [])) for label in frame.row]
+        overall = claims[claims.task == ALL]
+        text["claim"] = [
+            "; ".join(_verdict(claim, row.against) for claim in overall[overall.row == row.row].itertuples())
+            for row in frame.itertuples()
+        ]
     return text
 
 
-def _verdict(claim: Any, against: str | None) -> str:
+def _verdict(claim: Any, against: str) -> str:
     """A claim as the text of a cell, with its difference if its reference is not that of the row."""
     other = f", against {claim.against}" if claim.against != against else ""
     if pd.isna(claim.p_holm):
@@ -251,10 +252,6 @@ def _verdict(claim: Any, against: str | None) -> str:
     p = "< 0.001" if claim.p_holm < 0.001 else number(claim.p_holm, 3)
     gain = f"; paper {number(claim.published, sign=True)}" if not pd.isna(claim.published) else ""
     return f"{claim.expected}{other}: {claim.verdict} (p {p}{gain})"
-
-
-def _with_deviation(mean: float, deviation: float) -> str:
-    return number(mean, 1) if pd.isna(deviation) else f"{number(mean, 1)} ± {number(deviation, 1)}"
 
 
 def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
