@@ -8,7 +8,6 @@ predicted with the MNLI model. Every file must have all rows of the official tes
 
 from __future__ import annotations
 
-import io
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from nlu.errors import OneLineParser, UsageError, program
-from nlu.runs.files import write_bytes
+from nlu.runs.files import open_new
 from nlu.tasks import TASKS
 
 _SERVER = {name: rows for task in TASKS.values() for name, rows in task.submission_files}
@@ -27,16 +26,13 @@ def find_predictions(folders: Sequence[str | Path]) -> dict[str, Path]:
     """The server's file name -> that file in one of the folders or in its subfolder `predictions`.
 
     Raises:
-        UsageError: if a folder has no such file, if one is missing or there twice, or if it does not have a prediction
-            for each row of the official test set, by index from 0.
+        UsageError: if a file is missing or there twice, or if it does not have a prediction for each row of the
+            official test set, by index from 0.
     """
     found: dict[str, Path] = {}
-    for folder in folders:
-        places = [Path(folder) / part / name for name in _SERVER for part in ("", "predictions")]
-        if not (paths := list(filter(Path.is_file, places))):
-            raise UsageError(f"{folder}: no predictions there; run with --do_predict first")
-        for path in paths:
-            name, rows = path.name, _SERVER[path.name]
+    for name, rows in _SERVER.items():
+        places = [Path(folder, part, name) for folder in folders for part in ("", "predictions")]
+        for path in filter(Path.is_file, places):
             if not found.setdefault(name, path).samefile(path):
                 raise UsageError(f"{name} is there twice, {found[name]} and {path}: leave out or delete one of them")
             try:
@@ -46,8 +42,8 @@ def find_predictions(folders: Sequence[str | Path]) -> dict[str, Path]:
             if table["index"].tolist() != list(range(rows)) or table.prediction.isna().any():
                 raise UsageError(f"{path} does not have the test set's {rows} rows, each predicted: predict them")
     if missing := [name for name in _SERVER if name not in found]:
-        raise UsageError(f"the server wants all eleven files; missing: {', '.join(missing)}: name their folders too")
-    return {name: found[name] for name in _SERVER}
+        raise UsageError(f"missing: {', '.join(missing)}: name the folders of their runs (with --do_predict) too")
+    return found
 
 
 @program
@@ -60,11 +56,9 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--out", default="submission.zip", help="the zip to write (default: %(default)s)")
     options = parser.parse_args(words)
     taken = find_predictions(options.folders)
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+    with open_new(options.out) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in taken.items():
             archive.writestr(name, path.read_bytes())  # write() refuses files older than 1980
-    write_bytes(options.out, content.getvalue())
     for name, path in taken.items():
         print(f"{name:<10} {_SERVER[name]:>7,} rows  {path}")
     print(f"wrote {options.out} with {len(taken)} files")
