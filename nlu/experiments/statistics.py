@@ -24,8 +24,8 @@ LEVEL = 0.5  # points: a smaller gain is no reason to choose a method
 SHORT = 1.0  # final Λ below which a low-rank method that learned nothing has hardly left its start
 ROUNDING = 1e-18  # points²: a smaller variance is only the rounding of equal differences
 FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
-# What a claim may expect → the difference in points that it is tested against; "level" has two tests.
-EXPECTED = {"higher": 0.0, "not lower": -LEVEL, "level": None}
+# What a claim may expect → the bounds between which the difference is then, in points.
+EXPECTED = {"higher": (0.0, np.inf), "not lower": (-LEVEL, np.inf), "level": (-LEVEL, LEVEL)}
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
 _NAMES = [
     "run", "status", "task", "method", "label", "seed", "axes", "arguments", "model", "processor", "module_ranks",
@@ -198,21 +198,19 @@ class Estimate:
     def p_value(self, expect: str) -> float:
         """The two-sided p value of a claim: small if the claim holds, and if its opposite does.
 
-        "higher" tests against a difference of 0, "not lower" against -`LEVEL`. "level" has two tests: that the
-        difference is smaller than `LEVEL` in both directions (two one-sided tests), and that it is not.
+        The claim holds if both one-sided tests say that the difference is between the bounds, and its opposite does if
+        one of them says that it is beyond.
         """
+        low, high = EXPECTED[expect]
         t = stats.t(self.freedom, self.mean, self.error)
-        if expect == "level":
-            below, above = t.cdf(-LEVEL), t.sf(LEVEL)
-            return 2 * min(max(below, above), 1 - below, 1 - above)
-        below = t.cdf(EXPECTED[expect])
-        return 2 * min(below, 1 - below)
+        below, above = t.cdf(low), t.sf(high)
+        return 2 * min(max(below, above), 1 - below, 1 - above)
 
     def verdict(self, expect: str, p: float) -> str:
         """The verdict on a claim with the corrected p value `p`: holds, contradicted, no gain or not shown."""
         if p < 0.05:
-            holds = abs(self.mean) < LEVEL if expect == "level" else self.mean > EXPECTED[expect]
-            return "holds" if holds else "contradicted"
+            low, high = EXPECTED[expect]
+            return "holds" if low < self.mean < high else "contradicted"
         return f"no gain of {LEVEL}" if expect == "higher" and self.interval[1] < LEVEL else "not shown"
 
 
