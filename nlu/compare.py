@@ -27,7 +27,6 @@ from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.records import label_of, read_lines, settings_of
 from nlu.experiments.sweep_loop import Sweep
 
-COMMAND = [sys.executable, str(RUN_GLUE)]
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune
 # Flags that decide what is scored: they cannot differ between methods.
 _FOR_ALL = {
@@ -141,7 +140,7 @@ def _about_rates(tuning: Experiment, chosen: dict[str, float], labels: dict[str,
 
 def _run(experiment: Experiment, args: argparse.Namespace) -> tuple[int, list[dict[str, Any]]]:
     """Run an experiment; returns its exit code and the lines of its runs that have ended."""
-    sweep = Sweep(experiment, args.output_dir / "measured", args.output_dir, COMMAND)
+    sweep = Sweep(experiment, args.output_dir / "measured", args.output_dir, RUN_GLUE)
     code, lines = sweep.run(LocalLauncher(args.jobs), args.rerun_changed), read_lines(sweep.measured)
     return code, [lines[run.name] for run in experiment.runs if run.name in lines]
 

@@ -20,7 +20,6 @@ The top of nlu/experiments/experiment.py explains the format of an experiment fi
 """
 
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -51,8 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
     add("--slurm", action="append", default=[], metavar="KEY=VALUE",
         help="run on a Slurm cluster, with this parameter of submitit's executor; repeat as needed")  # fmt: skip
-    add("--command", help="what starts one run, such as 'torchrun --nproc_per_node 2 nlu/run_glue.py'; "
-        "run_glue.py's flags are appended")  # fmt: skip
+    add("--command", type=shlex.split, default=RUN_GLUE,
+        help="what starts one run, such as 'torchrun --nproc_per_node 2 nlu/run_glue.py'; run_glue.py's flags are "
+        "appended")  # fmt: skip
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (output)")
     return parser
@@ -74,8 +74,7 @@ def main(words: Sequence[str]) -> int:
     # A wrong flag shows now, not after hours; runs that differ only in seed are read once.
     for run in {str(run.arguments | {"seed": None}): run for run in experiment.runs}.values():
         run.parse()
-    command = [sys.executable, os.path.relpath(RUN_GLUE)] if args.command is None else shlex.split(args.command)
-    sweep = Sweep(experiment, args.measured_dir, args.output_dir, command)
+    sweep = Sweep(experiment, args.measured_dir, args.output_dir, args.command)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     if args.dry_run:
         states = sweep.states()

@@ -12,7 +12,7 @@ from typing import Any
 from nlu import ROOT
 from nlu.errors import UsageError, reason
 
-RUN_GLUE = ROOT / "nlu/run_glue.py"
+RUN_GLUE = [sys.executable, str(ROOT / "nlu/run_glue.py")]  # the command of one run; its flags are appended
 
 
 class LocalLauncher:

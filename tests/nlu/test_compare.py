@@ -18,7 +18,7 @@ from tests.nlu.tiny import DEBERTA_BASE, make_encoder
 @pytest.fixture
 def call(tmp_path, encoder, tiny_glue, monkeypatch, capsys):
     """Call the program on the tiny task with a stand-in for run_glue; returns (exit code, stdout, stderr)."""
-    monkeypatch.setattr(compare, "COMMAND", [sys.executable, sweeps.__file__])
+    monkeypatch.setattr(compare, "RUN_GLUE", [sys.executable, sweeps.__file__])
     monkeypatch.setattr(Drawing, "png", lambda _: b"")
     sweeps.without_processes(monkeypatch)
 
