@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 from nlu.data.file_formats import Reader, Row, shown
 from nlu.data.glue import as_number
@@ -18,15 +17,7 @@ _WHOLE_NUMBER = re.compile(r"0|[+-]?[1-9][0-9]{0,17}")  # codes such as 007 are 
 _OWN_NAMES = ("label", "idx")  # columns of every data set
 
 
-def load_own_files(
-    paths: dict[str, str | Path],
-    *,
-    text_columns: Sequence[str] = (),
-    label_column: str = "label",
-    metric: str | None = None,
-    encoding: str = "utf-8",
-    on_error: str = "stop",
-) -> tuple[Task, dict[str, dict[str, list]], dict[str, int]]:
+def load_own_files(paths: dict[str, str], arguments: Any) -> tuple[Task, dict[str, dict[str, list]], dict[str, int]]:
     """Load a user's own task from .csv, .tsv, .jsonl or .parquet files.
 
     The labels of the training file decide the task. It is a regression if most labels are numbers and some of these are
@@ -35,35 +26,33 @@ def load_own_files(
 
     Args:
         paths: the file of each split: train and, optionally, validation and test.
-        text_columns: the one or two columns with the text. By default the columns of the training file that are
-            named as in GLUE (`sentence1` and `sentence2`, `sentence`, …) or `text`, or the only one besides the label.
-        metric: a key of `METRICS`: the main metric.
-        encoding: of the text of CSV, TSV and JSON files.
-        on_error: "skip" leaves out rows that are malformed or have an empty text or label, as
-            :meth:`Reader.good_rows <nlu.data.file_formats.Reader.good_rows>` says; "stop" refuses them.
+        arguments: a run's. Without its text_columns the text is in the columns of the training file that are named as
+            in GLUE (`sentence1` and `sentence2`, `sentence`, …) or `text`, or in the only one besides the label.
 
     Returns:
         The task, named "custom" (accuracy; for two classes also the F1 of the second; Pearson and Spearman for
         regression); its splits, each column -> values as :func:`~nlu.data.glue.load_split` gives them, a hidden label
-        being -1, or NaN in a regression; and how many rows of each split were left out.
+        being -1, or NaN in a regression; and how many rows of each split --on_error left out.
 
     Raises:
         UsageError: if a file is malformed (the message names the line) or has a label that the training file lacks, if
             no text columns are named or found, or if the metric does not fit the labels. OSError: if a file is missing.
     """
+    label_column = arguments.label_column
     tables: dict[str, tuple[Reader, list[Row]]] = {}
-    text = tuple(text_columns)
+    text = tuple(arguments.text_columns.split(",")) if arguments.text_columns else ()
     for split, path in paths.items():
         with open(path, "rb") as stream:
-            reader = Reader(stream, path, encoding=encoding)
+            reader = Reader(stream, path, encoding=arguments.encoding)
             text = text or _find_text_columns(reader, label_column)
             if not 1 <= len(set(text)) == len(text) <= 2 or not {*text}.isdisjoint({label_column, *_OWN_NAMES}):
                 names = ",".join(text)
                 raise UsageError(f"--text_columns {names}: give one or two columns other than the label and idx")
             other = [] if split == "test" else [label_column]
-            tables[split] = reader, list(reader.good_rows(text, other, blank=False, on_error=on_error))
+            rows = reader.good_rows(text, other, blank=False, on_error=arguments.on_error)
+            tables[split] = reader, list(rows)
     names = _class_names(*tables["train"], label_column)
-    task = Task("custom", "own data", text, names, _metrics(metric, names))
+    task = Task("custom", "own data", text, names, _metrics(arguments.metric, names))
     splits = {}
     for split, (reader, rows) in tables.items():
         columns = {name: [row.values[name] for row in rows] for name in text}

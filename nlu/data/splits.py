@@ -53,14 +53,8 @@ def load_data(arguments: Any) -> Data:
     }
     if arguments.task_name is None:
         paths = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
-        task, columns, skipped = load_own_files(
-            {split: path for split, path in paths.items() if path and (split == "train" or wanted[split])},
-            text_columns=arguments.text_columns.split(",") if arguments.text_columns else (),
-            label_column=arguments.label_column,
-            metric=arguments.metric,
-            encoding=arguments.encoding,
-            on_error=arguments.on_error,
-        )
+        paths = {split: path for split, path in paths.items() if path and (split == "train" or wanted[split])}
+        task, columns, skipped = load_own_files(paths, arguments)
         rows = {split: _dataset(task, values) for split, values in columns.items()}
     else:
         task = TASKS[arguments.task_name]

@@ -1,9 +1,11 @@
 """A user's own files: classes and numbers, names of columns, hidden labels, bad rows named with their line."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nlu.command_line import DEFAULTS
 from nlu.data import own_task
 from nlu.errors import UsageError
 
@@ -11,8 +13,8 @@ from nlu.errors import UsageError
 def load_own_files(train, validation=None, test=None, **how):
     """The task and, by split, column -> values."""
     paths = {"train": train, "validation": validation, "test": test}
-    task, splits, _ = own_task.load_own_files({split: path for split, path in paths.items() if path}, **how)
-    return task, splits
+    arguments = SimpleNamespace(**DEFAULTS | how)
+    return own_task.load_own_files({split: path for split, path in paths.items() if path}, arguments)[:2]
 
 
 def own(tmp_path, name: str, text: str | bytes) -> Path:
@@ -84,10 +86,10 @@ def test_whole_numbers_are_classes_in_their_order_and_minus_1_hides_no_label_the
 
 def test_columns_are_named_or_found_if_unambiguous(tmp_path):
     path = own(tmp_path, "a.csv", "id,body,title,sentiment\n1,a,b,no\n2,c,d,yes\n")
-    task, splits = load_own_files(path, text_columns=["title", "body"], label_column="sentiment")
+    task, splits = load_own_files(path, text_columns="title,body", label_column="sentiment")
     assert task.text_fields == ("title", "body") and splits["train"]["title"] == ["b", "d"]
     assert splits["train"]["label"] == [0, 1]
-    for columns in (["body", "body"], ["body", "sentiment"], ["a", "b", "c"], ["idx"]):
+    for columns in ("body,body", "body,sentiment", "a,b,c", "idx"):
         with pytest.raises(UsageError, match="give one or two columns other than the label"):
             load_own_files(path, text_columns=columns, label_column="sentiment")
     task, splits = load_own_files(own(tmp_path, "b.csv", "idx,review,label\n7,a,0\n7,b,1\n"))
@@ -100,7 +102,7 @@ def test_columns_are_named_or_found_if_unambiguous(tmp_path):
 
 def test_skipped_rows_are_counted_and_the_others_keep_their_numbers(tmp_path):
     path = own(tmp_path, "a.csv", "text,label\n,1\na,0\nb,1\nc,\nd,0\n")
-    _, splits, skipped = own_task.load_own_files({"train": path}, on_error="skip")
+    _, splits, skipped = own_task.load_own_files({"train": path}, SimpleNamespace(**DEFAULTS | {"on_error": "skip"}))
     assert skipped == {"train": 2}
     assert splits["train"] == {"text": ["a", "b", "d"], "label": [0, 1, 0], "idx": [1, 2, 4]}
 
