@@ -286,8 +286,8 @@ def read_pairs(
             factors = [state.pop(name + part) for part in parts]
             b, a = _pair(factors)
             s = _scaling(values, name, len(a))
-            if b.shape[1] != len(a) or not (math.isfinite(s) and b.isfinite().all()):
-                raise ValueError("its matrices have no common rank, or the scaling is not finite")
+            if not b.dim() == a.dim() == 2 or b.shape[1] != len(a) or not (math.isfinite(s) and b.isfinite().all()):
+                raise ValueError("its factors are not matrices with a common rank, or the scaling is not finite")
             if len(a):
                 pairs[name] = b, a, s
         except Exception as error:  # a factor is missing or has a wrong shape, or the configuration lacks the scaling

@@ -251,6 +251,7 @@ def test_every_task_type_of_peft_names_a_class_to_import_with():
         ({"init_lora_weights": "PiSSA_niter_4"}, "", "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "orthogonal"}, "classifier.base_layer.weight", "save_embedding_layers=False"),
         ({}, "layers.0.q.lora_magnitude_vector", "lora_magnitude_vector cannot be imported"),
+        ({}, "layers.0.q.lora_A.weight", "are not matrices"),
     ],
 )
 def test_a_peft_adapter_that_is_more_than_lora_is_refused(tmp_path, change, tensor, says):
