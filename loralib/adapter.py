@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -204,20 +205,40 @@ def fitting_layers(
     """The layers for an adapter by module name: the model's own, or new ones over its weights. Nothing is changed.
 
     Raises:
-        ValueError: if the adapter does not fit the model, see :func:`load_adapter`. The base's weights are not checked
-            here, and with ``any_head_size`` neither are the shapes of the head.
+        ValueError: if a layer is merged; if the adapter has other modules, initial ranks or shapes than the model; if a
+            tensor is missing or left over; or if tensors are one in the model and two in the adapter. The base's
+            weights are not checked here, and with ``any_head_size`` neither are the shapes of the head.
     """
     layers = own_layers(model) or _new_layers(model, config, tensors)
+    if any(layer.merged for layer in layers.values()):
+        raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
+    if odd := set(config.modules) ^ set(layers):
+        raise ValueError(f"the adapter adapts other modules than the model (see {min(odd)}): adapt the same modules")
     state = model.state_dict(keep_vars=True)
-    head = {name: state[name] for name in config.head if name in state}
-    if any_head_size:
-        head = {name: tensors[name] for name in head if name in tensors}
-    check_tensors(layers, head, config, tensors)
+    own = {name: state[name] for name in config.head if name in state}  # the adapter's name -> tensor of the model
+    needed = dict(own)  # of factors only the live part
+    for name, group in config.modules.items():
+        layer, live = layers[name], group.live(name)
+        if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
+            raise ValueError(f"{name} has rank {layer.initial_r} (now {layer.r}): {_origin(config)}")
+        if live:
+            named = _named_factors(name, layer).items()
+            for (factor, parameter), values in zip(named, layer.select(live), strict=True):
+                if factor not in config.head:
+                    own[factor], needed[factor] = parameter, values
+    for name in sorted((tensors.keys() - config.tied.keys()) | needed.keys() | set(config.head)):
+        there, here = (tuple(of[name].shape) if name in of else "nothing" for of in (tensors, needed))
+        any_size = any_head_size and name in config.head
+        if "nothing" in (there, here) or (there != here and not any_size):
+            raise ValueError(f"{name}: the adapter holds {there}, the model needs {here}: {_origin(config)}")
     names: dict[int, str] = {}  # id of a tensor of the model -> its first name
-    for name in config.head:
-        first = names.setdefault(id(state[name]), name)
-        if first != name and not torch.equal(tensors[first], tensors[name]):
-            raise ValueError(f"{first} and {name} are one tensor in the model (tied weights), two in the adapter")
+    for name, tensor in own.items():
+        first = names.setdefault(id(tensor), name)
+        if tensors[first] is not tensors[name] and not torch.equal(tensors[first], tensors[name]):
+            raise ValueError(
+                f"{first} and {name} are one tensor in the model and two in the adapter: untie the weights, or leave "
+                "share_outer out"
+            )
     return layers
 
 
@@ -247,35 +268,6 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
                 if stored is not None and owned.setdefault(id(stored), factor).shape == factor.shape:
                     factors[i] = owned[id(stored)]
     return layers
-
-
-def check_tensors(
-    layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor], config: AdapterConfig, tensors: Mapping[str, Tensor]
-) -> None:
-    """Raises ValueError if a layer is merged, if the adapter has other modules, initial ranks or shapes than the layers
-    and the ``head``, if a tensor is missing or left over, or if only the layers share a factor."""
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
-    if odd := set(config.modules) ^ set(layers):
-        raise ValueError(f"the adapter adapts other modules than the model (see {min(odd)}): adapt the same modules")
-    factors: dict[str, Tensor] = {}
-    found: dict[int, Tensor | None] = {}  # id of a factor -> the stored tensor
-    for name, group in config.modules.items():
-        layer, live = layers[name], group.live(name)
-        if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
-            raise ValueError(f"{name} has rank {layer.initial_r} (now {layer.r}): {_origin(config)}")
-        if live:
-            named = _named_factors(name, layer)
-            factors |= zip(named, layer.select(live), strict=True)
-            for factor, parameter in named.items():
-                stored = tensors.get(factor)
-                if found.setdefault(id(parameter), stored) is not stored:
-                    raise ValueError("only the model's layers share outer factors: leave share_outer out")
-    needed = {name: factor for name, factor in factors.items() if name not in config.head} | dict(head)
-    for name in sorted((tensors.keys() - config.tied.keys()) | needed.keys() | set(config.head)):
-        there, here = (tuple(of[name].shape) if name in of else "nothing" for of in (tensors, needed))
-        if there != here or there == "nothing":
-            raise ValueError(f"{name}: the adapter holds {there}, the model needs {here}: {_origin(config)}")
 
 
 def check_base(model: nn.Module, config: AdapterConfig) -> None:
@@ -372,10 +364,10 @@ def start_from_adapter(
         ValueError: for a damaged folder, no or other layers, or a base with other weights. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
-    layers = own_layers(model)
-    if not layers:
+    if not own_layers(model):
         raise ValueError("the model has no low-rank layers to start with: call inject() first")
-    check_tensors(layers, {name: tensors[name] for name in config.head if name in tensors}, config, tensors)
+    factors = {name: tensor for name, tensor in tensors.items() if name not in config.head}
+    layers = fitting_layers(model, replace(config, head=[]), factors)
     if not allow_other_base:
         check_base(model, config)
     _write_live_values(layers, config, tensors)
