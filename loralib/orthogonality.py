@@ -66,20 +66,18 @@ def _grams(
     """
     product = None
     for factors in zip(*sides, strict=True):
-        unique = {id(factor): factor for factor in factors}
-        x = torch.stack(list(unique.values()))
+        x = torch.stack(factors)
         x = x.mT if wide else x
         inner = x.mT @ x
         if with_factors:
             own = inner if inner.shape[-1] <= x.shape[-2] else x @ x.mT  # if outer < inner, only XXᵀ can be I
             # Not own[[…]]: a list of indices would be copied to the device in every step.
-            fresh = [gram for key, gram in zip(unique, own.unbind(), strict=True) if key not in counted]
+            grams = dict(zip(map(id, factors), own.unbind(), strict=True))
+            fresh = [gram for key, gram in grams.items() if key not in counted]
             yield torch.stack(fresh) if fresh else own[:0]
-            counted.update(unique)
+            counted.update(grams)
         if with_product:
-            rows = dict(zip(unique, (inner if product is None else x).unbind(), strict=True))
-            every = torch.stack([rows[id(factor)] for factor in factors])  # a shared factor has a copy for each side
-            product = every if product is None else every.mT @ product @ every
+            product = inner if product is None else x.mT @ product @ x
     if product is not None:
         yield product
 
