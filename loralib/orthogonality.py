@@ -13,7 +13,6 @@ factors themselves and count once: the value is then AdaLoRA's.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,37 +48,24 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
     counted: set[int] = set()  # layers of different ranks may share outer factors
     norms: list[Tensor] = []
     for (term, device, *shapes), sides in groups.items():
-        with_product = "PQ" in chosen and len(shapes) > 1
+        product = None
         with without_autocast(device.type):  # Gram − I is a small difference
-            grams = _grams(sides, term == "UV", term in chosen or len(shapes) == 1, with_product, counted)
-            norms += [_deviation(gram, squared) for gram in grams]
+            for factors in zip(*sides, strict=True):  # of all sides, from the outermost inward
+                x = torch.stack(factors)
+                x = x.mT if term == "UV" else x  # (outer, inner) like a B
+                inner = x.mT @ x
+                if term in chosen or len(shapes) == 1:
+                    own = inner if inner.shape[-1] <= x.shape[-2] else x @ x.mT  # if outer < inner, only XXᵀ can be I
+                    # Not own[[…]]: a list of indices would be copied to the device in every step.
+                    fresh = {id(f): gram for f, gram in zip(factors, own.unbind(), strict=True) if id(f) not in counted}
+                    if fresh:
+                        norms.append(_deviation(torch.stack(list(fresh.values())), squared))
+                    counted.update(fresh)
+                if "PQ" in chosen and len(shapes) > 1:
+                    product = inner if product is None else x.mT @ product @ x
+            if product is not None:
+                norms.append(_deviation(product, squared))
     return regu_weight * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
-
-
-def _grams(
-    sides: list[nn.ParameterList], wide: bool, with_factors: bool, with_product: bool, counted: set[int]
-) -> Iterator[Tensor]:
-    """Yield the Grams of the factors, each (n, s, s), then those of the products, for sides of equal shapes.
-
-    A side has its factors from the outermost inward; ``wide`` ones (A) are transposed, to be (outer, inner) like a B.
-    ``counted`` has the factors whose Grams were already yielded.
-    """
-    product = None
-    for factors in zip(*sides, strict=True):
-        x = torch.stack(factors)
-        x = x.mT if wide else x
-        inner = x.mT @ x
-        if with_factors:
-            own = inner if inner.shape[-1] <= x.shape[-2] else x @ x.mT  # if outer < inner, only XXᵀ can be I
-            # Not own[[…]]: a list of indices would be copied to the device in every step.
-            grams = dict(zip(map(id, factors), own.unbind(), strict=True))
-            fresh = [gram for key, gram in grams.items() if key not in counted]
-            yield torch.stack(fresh) if fresh else own[:0]
-            counted.update(grams)
-        if with_product:
-            product = inner if product is None else x.mT @ product @ x
-    if product is not None:
-        yield product
 
 
 def _deviation(gram: Tensor, squared: bool) -> Tensor:
