@@ -279,9 +279,8 @@ def read_pairs(
     tensors = sorted(read_tensors(Path(folder) / WEIGHTS_FILE).items())  # safetensors gives them in any order
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors}
     parts = _PARTS[values["peft_type"]]
-    names = [name.removesuffix(parts[-1]) for name in state if name.endswith(parts[-1])]
     pairs = {}
-    for name in names:
+    for name in [name.removesuffix(parts[-1]) for name in state if name.endswith(parts[-1])]:
         try:
             factors = [state.pop(name + part) for part in parts]
             b, a = _pair(factors)
@@ -292,14 +291,14 @@ def read_pairs(
                 pairs[name] = b, a, s
         except Exception as error:  # a factor is missing or has a wrong shape, or the configuration lacks the scaling
             raise ValueError(f"{folder}: {name} cannot be read ({' '.join(str(error).split()):.200})") from None
-    if odd := next((name for name in state if ".base_layer." in name), None):
-        advice = "in peft, give bias='none' to the config and save_embedding_layers=False to save_pretrained()"
-        raise ValueError(f"{folder}: {odd} belongs to the base model: {advice}")
-    odd = next((name for name in state if "lora_" in name), None)
-    if not names or odd:
-        raise ValueError(f"{folder}: {f'{odd} cannot be imported' if odd else 'there is no pair of LoRA matrices'}")
+    for name in state:
+        if ".base_layer." in name:
+            advice = "in peft, give bias='none' to the config and save_embedding_layers=False to save_pretrained()"
+            raise ValueError(f"{folder}: {name} belongs to the base model: {advice}")
+        if "lora_" in name:
+            raise ValueError(f"{folder}: {name} cannot be imported")
     if not pairs:
-        raise ValueError(f"{folder}: every singular value is 0: there is no update to import")
+        raise ValueError(f"{folder}: there is no update: no pair of LoRA matrices, or every singular value is 0")
     return values, pairs, state
 
 
