@@ -42,13 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="sweep.py", description=__doc__)
     add = parser.add_argument
     add("experiment", type=Path, help="an experiment file, such as configs/experiments/evidence.yaml")
-    add("--set", action="append", default=[], metavar="FLAG=VALUE", help="an argument for every run; repeat as needed")
+    add("--set", type=_pair, action="append", default=[], metavar="FLAG=VALUE",
+        help="an argument for every run; repeat as needed")  # fmt: skip
     add("--jobs", type=positive_int, metavar="N", help="runs at once (local: 1; slurm: all)")
     add("--only", metavar="REGEX", help="only runs whose name matches")
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
-    add("--slurm", action="append", default=[], metavar="KEY=VALUE",
+    add("--slurm", type=_pair, action="append", default=[], metavar="KEY=VALUE",
         help="run on a Slurm cluster, with this parameter of submitit's executor; repeat as needed")  # fmt: skip
     add("--command", type=shlex.split, default=RUN_GLUE,
         help="what starts one run, such as 'torchrun --nproc_per_node 2 nlu/run_glue.py'; run_glue.py's flags are "
@@ -68,7 +69,7 @@ def main(words: Sequence[str]) -> int:
         UsageError: anything wrong with the file, the flags or the records found, before the first run starts.
     """
     args = build_parser().parse_args(words)
-    experiment = load_experiment(args.experiment, _pairs(args.set, "--set"))
+    experiment = load_experiment(args.experiment, dict(args.set))
     if args.only is not None:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
     # A wrong flag shows now, not after hours; runs that differ only in seed are read once.
@@ -82,8 +83,7 @@ def main(words: Sequence[str]) -> int:
             print(f"{states[run.name]:<10}{run.name}\n    {shlex.join(sweep.command_line(run))}")
         return 0
     if args.slurm:
-        parameters = _pairs(args.slurm, "--slurm")
-        launcher = SlurmLauncher(sweep.folder / "logs/submitit", parameters, args.jobs or len(experiment.runs))
+        launcher = SlurmLauncher(sweep.folder / "logs/submitit", dict(args.slurm), args.jobs or len(experiment.runs))
     else:
         launcher = LocalLauncher(args.jobs or 1)
     return sweep.run(launcher, args.rerun_changed)
@@ -101,18 +101,15 @@ def _only(runs: list[Run], only: str) -> list[Run]:
     return matching
 
 
-def _pairs(texts: list[str], flag: str) -> dict[str, Any]:
-    """KEY=VALUE texts as a mapping; values are read as YAML, but the name of a file or folder stays text."""
-    pairs = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or not key or not value.strip():
-            raise UsageError(f"{flag} {text} must have the form KEY=VALUE; KEY=null removes a flag")
-        try:
-            pairs[key] = value if key in (*INPUTS, "cache_dir") and value != "null" else parse_yaml(value)
-        except ValueError:
-            pairs[key] = value
-    return pairs
+def _pair(text: str) -> tuple[str, Any]:
+    """KEY=VALUE as a pair; the value is read as YAML, but the name of a file or folder stays text."""
+    key, _, value = text.partition("=")
+    if not key or not value.strip():
+        raise argparse.ArgumentTypeError(f"{text} must have the form KEY=VALUE; KEY=null removes a flag")
+    try:
+        return key, value if key in (*INPUTS, "cache_dir") and value != "null" else parse_yaml(value)
+    except ValueError:
+        return key, value
 
 
 if __name__ == "__main__":
