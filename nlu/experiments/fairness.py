@@ -72,11 +72,9 @@ def unlike(shapes: dict[str, Shape]) -> list[str]:
     Args:
         shapes: those of the methods, by NAME or NAME:flag=value.
     """
-    first, *others = shapes
-    wanted = shapes[first]
+    (first, wanted), *others = shapes.items()
     lines = []
-    for spec in others:
-        own = shapes[spec]
+    for spec, own in others:
         if not (alike(own.size, wanted.size) and alike(own.scale, wanted.scale)):
             lines.append(f"{spec} has {own}, {first} has {wanted}: --methods NAME:flag=value changes one method")
         if None not in (own.head_rate, wanted.head_rate) and own.head_rate != wanted.head_rate:
