@@ -164,7 +164,7 @@ class Sweep:
 
     def _ended(self, run: Run, code: int, found: int | None) -> None:
         """Write the line of a run that has finished or failed, and note a failure."""
-        folder, line = self.folder / run.name, None
+        folder, line = self.folder / run.name, {}
         try:
             # A start that failed before it wrote a record leaves the record of an earlier start.
             if code == 0 or self.record_time(run) != found:
@@ -173,12 +173,11 @@ class Sweep:
                     line = measured_line(run, record)
                     write_line(self.measured, run.name, line)
         except UsageError as error:  # this run's record is damaged; the others continue
-            self.failures[run.name] = str(error)
-            return
-        if code == 0 and line is not None and line["status"] == "finished":
+            line = {"error": str(error)}
+        if code == 0 and line.get("status") == "finished":
             self.finished += 1
         elif not self.signals:
-            error = (line or {}).get("error") or _last_line(self.log(run)) or "it left no message"
+            error = line.get("error") or _last_line(self.log(run)) or "it left no message"
             self.failures[run.name] = f"exit code {code}: {error} (log: {self.log(run)})"
 
 
