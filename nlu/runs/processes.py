@@ -31,24 +31,6 @@ def start_processes(use_cpu: bool) -> None:
         PartialState(cpu=use_cpu or not torch.accelerator.is_available())
 
 
-def first_computes(compute: Callable[[], T]) -> T:
-    """Call ``compute`` on rank 0 alone; all processes return its result or raise its exception."""
-    if world_size() == 1:
-        return compute()
-    import torch.distributed as dist
-
-    answer: list[Any] = [None, None]
-    if is_first():
-        try:
-            answer[0] = compute()
-        except Exception as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
 def gathered(value: T) -> list[T]:
     """The value of every process, in the order of their ranks."""
     values: list[Any] = [value] * world_size()
@@ -57,6 +39,20 @@ def gathered(value: T) -> list[T]:
 
         dist.all_gather_object(values, value)
     return values
+
+
+def first_computes(compute: Callable[[], T]) -> T:
+    """Call ``compute`` on rank 0 alone; all processes return its result or raise its exception."""
+    answer: Any = None, None
+    if is_first():
+        try:
+            answer = compute(), None
+        except Exception as error:
+            answer = None, error
+    result, error = gathered(answer)[0]
+    if error is not None:
+        raise error
+    return result
 
 
 def wait_for_all() -> None:
