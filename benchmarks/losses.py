@@ -105,10 +105,7 @@ def step(
     applied: AppliedMethod, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], autocast: bool = False
 ) -> torch.Tensor:
     """Take one step as the Trainer does, with only the model's and the method's own work. Returns the loss."""
-    loss = train_step(Trained(applied.model, optimizer, autocast, applied.low_rank), batch)
-    if applied.gates is not None:
-        applied.gates.on_optimizer_step(None, None, None, optimizer=optimizer)
-    return loss
+    return train_step(Trained(applied.model, optimizer, autocast, applied.low_rank), batch)
 
 
 class _Recording(GlueTrainer):

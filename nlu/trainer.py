@@ -131,8 +131,6 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = str(Path(training.output_dir).parent / "log")
         self.add_callback(self.clock)
-        if applied.gates is not None:
-            self.add_callback(applied.gates)
 
     # ---- metrics and loss ---------------------------------------------------------------------------------------
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import TrainerCallback
 
+from loralib import LowRankTraining
 from loralib.model import svd_layers
 
 
-class ProximalGates(TrainerCallback):
+class GateTraining(LowRankTraining):
     """Takes the proximal step on every gate after each optimiser step, and counts the live ranks.
 
     There is no target budget: ``target_total_rank`` is None.
@@ -22,6 +22,7 @@ class ProximalGates(TrainerCallback):
     target_total_rank = None
 
     def __init__(self, model: nn.Module, sparsity: float) -> None:
+        super().__init__(model, regu_weight=0)
         self.sparsity = sparsity
         self._layers = svd_layers(model)
         self.initial_total_rank = sum(layer.r for layer in self._layers.values())
@@ -36,11 +37,16 @@ class ProximalGates(TrainerCallback):
         """Live ranks over all layers."""
         return sum(map(sum, self.rank_pattern.values()))
 
+    def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Also notes the gates' learning rate of this step."""
+        super().before_step(*optimizers)
+        gates = {id(layer.lora_E) for layer in self._layers.values()}
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._rate = next(group["lr"] for group in groups if gates & set(map(id, group["params"])))
+
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs) -> None:
-        """Called between ``optimizer.step()`` and the schedule's step: the gates' rate is the one just used."""
-        gates = [layer.lora_E for layer in self._layers.values()]
-        own = set(map(id, gates))
-        rate = next(group["lr"] for group in optimizer.param_groups if own & set(map(id, group["params"])))
-        for gate in gates:
-            gate.copy_(F.softshrink(gate, self.sparsity * rate))
+    def after_step(self) -> None:
+        """Also takes the proximal step."""
+        super().after_step()
+        for layer in self._layers.values():
+            layer.lora_E.copy_(F.softshrink(layer.lora_E, self.sparsity * self._rate))

@@ -25,14 +25,12 @@ class AppliedMethod:
     Attributes:
         model: the model; ``requires_grad`` marks the trainable parameters.
         low_rank: what the Trainer mix-in of loralib drives: :class:`loralib.LowRankTraining`, by default one that
-            neither regularises nor prunes, or peft's AdaLoRA.
-        gates: SoRA's gates, a callback of the Trainer that prunes ranks without a budget, or None.
+            neither regularises nor prunes, SoRA's with its gates, or peft's AdaLoRA.
         own_rates: returns pairs (parameters, factor of their learning rate); called when the optimiser is made.
     """
 
     model: nn.Module
     low_rank: Any = None
-    gates: Any = None
     own_rates: Callable[[], list[tuple[list[nn.Parameter], float]]] = list
 
     def __post_init__(self) -> None:
@@ -42,8 +40,8 @@ class AppliedMethod:
 
     @property
     def ranks(self) -> Any:
-        """The object that knows which ranks are live (the allocator or SoRA's gates); None without pruning."""
-        return self.low_rank.allocator or self.gates
+        """The object that knows which ranks are live (the allocator, or SoRA's training); None without pruning."""
+        return self.low_rank if hasattr(self.low_rank, "initial_total_rank") else self.low_rank.allocator
 
     def statistics(self) -> dict[str, float]:
         """For the history: ‖ΔW‖_F by module type, singular values, orthonormality; empty without low-rank layers."""

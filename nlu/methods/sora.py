@@ -31,7 +31,7 @@ SORA_LAMBDA = Flag(
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     from torch import nn
 
-    from nlu.methods._sora_gates import ProximalGates
+    from nlu.methods._sora_gates import GateTraining
 
     # The gate is the layers' ``lora_E``, so that saving, merging and removing dead ranks work as for other layers.
     for name in inject_layers(model, args, "adalora"):
@@ -39,7 +39,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
         nn.init.kaiming_uniform_(layer.lora_A[0], a=math.sqrt(5))
         nn.init.zeros_(layer.lora_B[0])
         nn.init.normal_(layer.lora_E)
-    return AppliedMethod(model, gates=ProximalGates(model, args.sora_lambda))
+    return AppliedMethod(model, GateTraining(model, args.sora_lambda))
 
 
 METHODS = (Method("sora", "SoRA", 60, _apply, (*LOW_RANK_FLAGS, SORA_LAMBDA)),)

@@ -101,7 +101,7 @@ def test_sora_gates_follow_a_proximal_gradient_reference():
     The threshold is λ times the gates' own learning rate; the other parameters have a different rate.
     """
     model = small.encoder()
-    gates = apply_sora(model, "query", lora_r=4, lora_alpha=4.0, sora_lambda=0.5).gates
+    gates = apply_sora(model, "query", lora_r=4, lora_alpha=4.0, sora_lambda=0.5).low_rank
     layer = next(iter(loralib.lora_layers(model).values()))
     values = [each.lora_E for each in loralib.lora_layers(model).values()]
     others = [p for p in model.parameters() if all(p is not e for e in values)]
@@ -111,8 +111,7 @@ def test_sora_gates_follow_a_proximal_gradient_reference():
     for _ in range(200):
         optimizer.zero_grad()
         (0.5 * (layer.lora_E - torch.tensor(target)) ** 2).sum().backward()
-        optimizer.step()
-        gates.on_optimizer_step(None, None, None, optimizer=optimizer)
+        gates.step(optimizer)
         step = reference - 0.1 * (reference - target)
         reference = np.sign(step) * np.maximum(np.abs(step) - 0.05, 0)
         np.testing.assert_allclose(layer.lora_E.detach().numpy(), reference, atol=1e-5)
