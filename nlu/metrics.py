@@ -20,13 +20,12 @@ from nlu.tasks import TASKS, Task
 
 
 def _correlation(function: Callable, references: np.ndarray, predictions: np.ndarray) -> float:
-    """A correlation; 0 if one side is constant, because it then says nothing about the other."""
+    """A correlation of SciPy; 0 if one side is constant, because it then says nothing about the other."""
     if np.ptp(predictions) == 0 or np.ptp(references) == 0:
         return 0.0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SciPy warns about nearly constant input, which untrained heads produce
-        value = function(predictions, references)
-    value = getattr(value, "statistic", value)
+        value = function(predictions, references).statistic
     return value if np.isfinite(value) else 0.0
 
 
@@ -35,7 +34,7 @@ _macro_f1 = partial(f1_score, average="macro", zero_division=0)
 _FUNCTIONS = {
     "accuracy": accuracy_score,
     "macro_f1": _macro_f1,
-    "matthews_correlation": partial(_correlation, matthews_corrcoef),
+    "matthews_correlation": matthews_corrcoef,
     "pearson": partial(_correlation, pearsonr),
     "spearmanr": partial(_correlation, spearmanr),
 }
