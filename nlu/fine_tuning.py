@@ -20,7 +20,7 @@ from nlu.arguments import Arguments
 from nlu.command_line import fit_schedule
 from nlu.data.batching import planned_steps
 from nlu.data.predictions import predict_splits
-from nlu.data.splits import Data, describe, description_lines, reorder_labels, tokenize
+from nlu.data.splits import Data, description_lines, reorder_labels, tokenize
 from nlu.errors import UsageError, reason
 from nlu.experiments.records import publish_run
 from nlu.fast.sharding import without_accelerate_fsdp
@@ -122,7 +122,7 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
     limit_length(tokenizer, arguments.max_seq_length, blank)
     apply_without_weights(blank, arguments, total_steps)
     task = data.task if data.task.is_regression else reorder_labels(data.task, list(config.id2label.values()))
-    splits, cut = tokenize(task, data.rows, tokenizer)
+    splits, counts = tokenize(task, data, tokenizer)
     labels = np.array(splits["train"]["labels"][:]) if "train" in splits else None
     weights = class_weights(arguments, task, labels)
 
@@ -150,7 +150,7 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
     if training.process_index > 0:  # until here all processes drew the same numbers; now each has its own dropout masks
         torch.manual_seed(training.seed + training.process_index)
     constant = None if labels is None else constant_loss(task, labels, weights, arguments.label_smoothing_factor)
-    return trainer, {"data": describe(data, cut), "warm_start": warm_start, "constant_loss": constant}
+    return trainer, {"data": counts, "warm_start": warm_start, "constant_loss": constant}
 
 
 def run_recorded(trainer: GlueTrainer, record: RunRecord, checkpoint: str | None) -> None:

@@ -123,26 +123,40 @@ def _hold_out(task: Task, train: Dataset, fraction: float, seed: int) -> Rows:
 # ---- token ids -------------------------------------------------------------------------------------------------------
 
 
-def tokenize(task: Task, rows: Rows, tokenizer: Any) -> tuple[dict[str, Dataset], dict[str, int]]:
+def tokenize(task: Task, data: Data, tokenizer: Any) -> tuple[dict[str, Dataset], dict[str, dict[str, Any]]]:
     """Turn texts into token ids, cut to the tokenizer's `model_max_length`.
 
     Training rows keep their order. Validation and test rows are sorted by length, short ones first, which saves
     padding.
 
+    Args:
+        task: that of the data, or with its classes in another order.
+
     Returns:
         The rows of each split, with the tokenizer's output (input_ids, attention_mask, …), `labels` (in the numbering
-        of the task's classes; absent if a test set hides labels), `idx`, and `length`, the number of tokens; and the
-        number of rows of each split that were cut.
+        of the task's classes; absent if a test set hides labels), `idx`, and `length`, the number of tokens; and, for
+        the record, counts of each split: all rows, rows left out, cut, without a label, and of each class.
     """
     tokens: dict[str, Dataset] = {}
-    cut = dict.fromkeys(rows, 0)
+    counts: dict[str, dict[str, Any]] = {}
 
     def encode_rows(batch: dict[str, list], split: str) -> dict[str, list]:
         encoded, too_long = encode(tokenizer, [batch[field] for field in task.text_fields])
-        cut[split] += too_long
+        counts[split]["cut"] += too_long
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    for split, dataset in rows.items():
+    for split, dataset in data.rows.items():
+        labels = np.asarray(dataset["label"][:])
+        # A test set hides labels by NaN, and by -1 if that is not a label.
+        hidden = np.isnan(labels) | ((not task.is_regression or task.value_range is not None) & (labels < 0))
+        counts[split] = {"rows": len(dataset), "skipped": data.skipped.get(split, 0), "cut": 0}
+        counts[split]["hidden"] = int(hidden.sum())
+        if not task.is_regression:
+            names = dataset.features["label"].names
+            if not hidden.all():
+                of_each = np.bincount(labels[~hidden], minlength=len(names)).tolist()
+                counts[split]["classes"] = dict(zip(names, of_each, strict=True))
+            labels = np.array([task.labels.index(name) for name in names])[labels]
         encoded = dataset.map(
             encode_rows,
             fn_kwargs={"split": split},
@@ -153,28 +167,12 @@ def tokenize(task: Task, rows: Rows, tokenizer: Any) -> tuple[dict[str, Dataset]
             new_fingerprint=f"tokens-{split}",
             desc=f"Tokenizing {task.name} {split}",
         )
-        if (labels := _labels(task, dataset)) is not None:
+        if not hidden.any():
             encoded = encoded.add_column("labels", labels)
         if split != "train":
             encoded = encoded.select(np.argsort(encoded["length"][:], kind="stable"))
         tokens[split] = encoded
-    return tokens, cut
-
-
-def _are_hidden(task: Task, labels: np.ndarray) -> np.ndarray:
-    """Which labels a test set hides: NaN, and -1 if that is not a label."""
-    bounded = not task.is_regression or task.value_range is not None
-    return np.isnan(labels) | (bounded & (labels < 0))
-
-
-def _labels(task: Task, dataset: Dataset) -> np.ndarray | None:
-    """A split's labels in the task's numbering; None if any is hidden."""
-    labels = np.asarray(dataset["label"][:])
-    if _are_hidden(task, labels).any():
-        return None
-    if task.is_regression:
-        return labels
-    return np.array([task.labels.index(word) for word in dataset.features["label"].names])[labels]
+    return tokens, counts
 
 
 def encode(tokenizer: Any, texts: Sequence[Sequence[str]]) -> tuple[Any, int]:
@@ -188,27 +186,10 @@ def encode(tokenizer: Any, texts: Sequence[Sequence[str]]) -> tuple[Any, int]:
     return encoded, sum(len(ids) > len(encoded["input_ids"][row]) for row, ids in zip(full, whole, strict=True))
 
 
-# ---- what the data are -----------------------------------------------------------------------------------------------
-
-
-def describe(data: Data, cut: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """For the record, count in each split: all rows, rows left out, cut, without a label, and of each class."""
-    found, names = {}, data.task.labels
-    for split, rows in data.rows.items():
-        labels = np.asarray(rows["label"][:])
-        hidden = _are_hidden(data.task, labels)
-        counted = {"rows": len(rows), "skipped": data.skipped.get(split, 0), "cut": cut[split]}
-        found[split] = counted | {"hidden": int(hidden.sum())}
-        if names and not hidden.all():
-            counts = np.bincount(labels[~hidden], minlength=len(names)).tolist()
-            found[split]["classes"] = dict(zip(names, counts, strict=True))
-    return found
-
-
-def description_lines(task: Task, found: dict[str, dict[str, Any]], max_seq_length: int) -> list[str]:
-    """The counts of :func:`describe` as lines for the console."""
+def description_lines(task: Task, counts: dict[str, dict[str, Any]], max_seq_length: int) -> list[str]:
+    """The counts of :func:`tokenize` as lines for the console."""
     lines = []
-    for split, of in found.items():
+    for split, of in counts.items():
         line = f"{split}: {of['rows']:,} rows"
         if "classes" in of:
             line += f" ({shown(of['classes'])[1:-1]})"

@@ -9,7 +9,7 @@ from transformers import BertTokenizerFast
 
 from nlu.command_line import parse_arguments
 from nlu.data.predictions import write_predictions
-from nlu.data.splits import describe, description_lines, load_data, reorder_labels, tokenize
+from nlu.data.splits import Data, description_lines, load_data, reorder_labels, tokenize
 from nlu.errors import UsageError
 from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS
@@ -75,10 +75,10 @@ def test_mnlis_mismatched_set_is_scored_only_if_it_is_complete(tiny_glue, monkey
 
 def test_tokens_and_submissions_keep_their_classes_in_another_label_order(tiny_glue, tmp_path):
     task, order = TASKS["mnli"], ("neutral", "contradiction", "entailment")  # its inverse is another order
-    rows = load(["train"], task_name="mnli", glue_dir=str(tiny_glue)).rows
+    data = load(["train"], task_name="mnli", glue_dir=str(tiny_glue))
     reordered = reorder_labels(task, order)
-    labels = tokenize(reordered, rows, make_tokenizer())[0]["train"]["labels"]
-    assert [order[label] for label in labels] == [task.labels[label] for label in rows["train"]["label"]]
+    labels = tokenize(reordered, data, make_tokenizer())[0]["train"]["labels"]
+    assert [order[label] for label in labels] == [task.labels[label] for label in data.rows["train"]["label"]]
     path = write_predictions(reordered, "test_matched", range(3), [order.index(w) for w in task.labels], tmp_path)
     assert [line.split("\t")[1] for line in path.read_text().splitlines()[1:]] == list(task.labels)
 
@@ -111,8 +111,9 @@ def tokens_of(task, texts, labels, split="train", **options):
     columns = {field: [text[i] for text in texts] for i, field in enumerate(task.text_fields)}
     kind = datasets.Value("float32") if task.is_regression else datasets.ClassLabel(names=list(task.labels))
     rows = datasets.Dataset.from_dict({**columns, "label": labels, "idx": list(range(len(texts)))})
-    tokens, cut = tokenize(task, {split: rows.cast_column("label", kind)}, make_tokenizer(**options))
-    return tokens[split], cut[split]
+    data = Data(task, {split: rows.cast_column("label", kind)}, {})
+    tokens, counts = tokenize(task, data, make_tokenizer(**options))
+    return tokens[split], counts[split]["cut"]
 
 
 def test_pairs_keep_their_order_and_truncated_rows_are_counted():
@@ -141,8 +142,8 @@ def test_hidden_labels_are_left_out_and_known_ones_are_kept(task, labels, there)
 
 
 def test_training_rows_keep_their_order_and_others_are_sorted_by_length(tiny_glue):
-    rows = load(task_name="cola", glue_dir=str(tiny_glue)).rows
-    tokens, _ = tokenize(TASKS["cola"], rows, make_tokenizer())
+    data = load(task_name="cola", glue_dir=str(tiny_glue))
+    rows, (tokens, _) = data.rows, tokenize(TASKS["cola"], data, make_tokenizer())
     assert tokens["train"]["idx"][:] == rows["train"]["idx"][:] and tokens["train"].cache_files == []
     order = list(zip(tokens["validation"]["length"], tokens["validation"]["idx"], strict=True))
     assert order == sorted(order)  # rows of equal length keep their order
@@ -157,7 +158,7 @@ def test_description_has_class_counts_and_truncated_rows(tmp_path):
     lines = [{"text": "a b c", "label": ["Lob", "Kritik"][i % 2]} for i in range(20)]
     write_rows(tmp_path / "all.csv", [*lines, {"text": "a", "label": "lob"}])
     data = load(["train"], train_file=tmp_path / "all.csv")
-    found = describe(data, tokenize(data.task, data.rows, make_tokenizer(model_max_length=4))[1])
+    _, found = tokenize(data.task, data, make_tokenizer(model_max_length=4))
     classes = {"Kritik": 10, "Lob": 10, "lob": 1}
     assert found == {"train": {"rows": 21, "skipped": 0, "cut": 20, "hidden": 0, "classes": classes}}
     assert description_lines(data.task, found, 4) == [
@@ -170,6 +171,6 @@ def test_description_says_that_a_test_set_with_some_hidden_labels_is_not_scored(
     for name, labels in (("train", train), ("test", (train[0], "", ""))):
         write_rows(tmp_path / f"{name}.csv", [{"text": "a", "label": label} for label in labels])
     data = load(["train", "predict"], train_file=tmp_path / "train.csv", test_file=tmp_path / "test.csv")
-    tokens, cut = tokenize(data.task, data.rows, make_tokenizer())
+    tokens, counts = tokenize(data.task, data, make_tokenizer())
     assert "labels" not in tokens["test"].column_names
-    assert description_lines(data.task, describe(data, cut), 32)[1].endswith(", not scored: 2 have no label")
+    assert description_lines(data.task, counts, 32)[1].endswith(", not scored: 2 have no label")
