@@ -1,6 +1,6 @@
 """The arguments of a training run, each with its default, its range and its ``--help`` text.
 
-``--sora_lambda``, ``--adapter_size`` and ``--peft_config`` are in their methods' files (``nlu/methods/``).
+The arguments of the methods are in their files (``nlu/methods/``).
 ``nlu/command_line.py`` decides which source a value comes from.
 """
 
@@ -232,62 +232,4 @@ CHOICE_FLAGS = (
     Flag("apply_adalora", bool, False, "Flag of the published code: --method lora2 with pruning."),
     Flag("lora_type", ("svd", "frd"), None, "Flag of the published code: frd is --method lora; "
          "svd is --method lora2, which prunes only with --apply_adalora."),
-)  # fmt: skip
-
-# ---- the low-rank methods -------------------------------------------------------------------------------------------
-
-MATCH = "match:"
-
-
-def _number_or_match(text: str) -> int | str:
-    """Parse ``--lora_k``: a whole number, or ``match:`` followed by the name of a LoRA file in configs/methods/."""
-    return text if text.startswith(MATCH) else int(text)
-
-
-LORA_MODULE = Flag(
-    "lora_module", str, "auto", "Modules to adapt, comma-separated: the six published names, module-name suffixes or "
-    "regular expressions. auto: the six if the encoder has all of them, otherwise all its linear layers.",
-)  # fmt: skip
-LOW_RANK_FLAGS = (
-    Flag("lora_r", int, 8, "Rank r of the update of each layer, before pruning.", AT_LEAST_1),
-    Flag("lora_alpha", float, 16.0, "The update is scaled by lora_alpha / lora_r.", POSITIVE),
-    Flag("lora_dropout", float, 0.0, "Dropout probability on the input of the update.", SHARE),
-    Flag("lora_path", str, None, "Initialise the factors from this saved adapter folder. The head is not copied."),
-    LORA_MODULE,
-)
-LORA_PLUS_FLAGS = (
-    Flag("lora_b_lr_ratio", float, 1.0, "LoRA+: learning rate of B, as a multiple of --learning_rate.", POSITIVE),
-)
-PRUNING_FLAGS = (
-    Flag("target_rank", int, None, "Average number of singular values kept per layer. Default: half of lora_r.",
-         AT_LEAST_1),
-    Flag("init_warmup", int, None, "Steps before pruning starts. Default: a tenth of the training.",
-         NOT_NEGATIVE),
-    Flag("final_warmup", int, None, "Steps at the end, in which the ranks stay fixed. Default: half of the training.",
-         NOT_NEGATIVE),
-    Flag("mask_interval", int, 10, "Steps between two prunings.", AT_LEAST_1),
-    Flag("beta1", float, 0.85, "Decay of the moving average of the sensitivity.", INSIDE_1),
-    Flag("beta2", float, 0.85, "Decay of the moving average of the uncertainty.", INSIDE_1),
-    Flag("importance", ("inner", "full"), "inner",
-         "inner: the paper's importance score; full: the outer factors count too."),
-)  # fmt: skip
-REGULARISER_FLAGS = (
-    Flag("reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", NOT_NEGATIVE),
-    Flag("orth_terms", str, "all", "Terms of the regulariser: all, or some of uv, UV and PQ joined by +."),
-    Flag("orth_squared", bool, False, "Use squared norms in the regulariser."),
-)
-SINGULAR_VALUE_FLAGS = (
-    Flag("lora_init", ("gaussian", "orthogonal"), "gaussian", "Initial factors; gaussian is the paper's choice."),
-    Flag("orthogonality", ("penalty", "retraction"), "penalty",
-         "penalty: the paper's regulariser; retraction: make the factors exactly orthonormal after each step."),
-    *REGULARISER_FLAGS,
-    Flag("rank_allocation", bool, True, "Whether singular values are pruned to the target rank."),
-    *PRUNING_FLAGS,
-    Flag("value_lr_ratio", float, 1.0,
-         "Learning rate of the singular values, as a multiple of --learning_rate.", POSITIVE),
-)  # fmt: skip
-SCALE_FLAGS = (
-    Flag("lora_k", _number_or_match, 8,
-         "LoRA²: width k of the outer factors; match:lora chooses k to match LoRA's parameter count.", AT_LEAST_1),
-    Flag("lora_share_outer", bool, False, "LoRA²: layers of the same module type share their outer factors."),
 )  # fmt: skip

@@ -11,21 +11,73 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from nlu import METHOD_FOLDER
-from nlu.arguments import (
-    LORA_PLUS_FLAGS,
-    LOW_RANK_FLAGS,
-    MATCH,
-    PRUNING_FLAGS,
-    REGULARISER_FLAGS,
-    SCALE_FLAGS,
-    SINGULAR_VALUE_FLAGS,
-)
+from nlu.arguments import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import read_yaml
 from nlu.methods.method import AppliedMethod, Method, head_parameters, train_only
 
 if TYPE_CHECKING:
     from torch import nn
+
+# ---- the flags -----------------------------------------------------------------------------------------------------
+
+_MATCH = "match:"
+
+
+def _number_or_match(text: str) -> int | str:
+    """Parse ``--lora_k``: a whole number, or ``match:`` followed by the name of a LoRA file in configs/methods/."""
+    return text if text.startswith(_MATCH) else int(text)
+
+
+LORA_MODULE = Flag(
+    "lora_module", str, "auto", "Modules to adapt, comma-separated: the six published names, module-name suffixes or "
+    "regular expressions. auto: the six if the encoder has all of them, otherwise all its linear layers.",
+)  # fmt: skip
+LOW_RANK_FLAGS = (
+    Flag("lora_r", int, 8, "Rank r of the update of each layer, before pruning.", AT_LEAST_1),
+    Flag("lora_alpha", float, 16.0, "The update is scaled by lora_alpha / lora_r.", POSITIVE),
+    Flag("lora_dropout", float, 0.0, "Dropout probability on the input of the update.", SHARE),
+    Flag("lora_path", str, None, "Initialise the factors from this saved adapter folder. The head is not copied."),
+    LORA_MODULE,
+)
+LORA_PLUS_FLAGS = (
+    Flag("lora_b_lr_ratio", float, 1.0, "LoRA+: learning rate of B, as a multiple of --learning_rate.", POSITIVE),
+)
+PRUNING_FLAGS = (
+    Flag("target_rank", int, None, "Average number of singular values kept per layer. Default: half of lora_r.",
+         AT_LEAST_1),
+    Flag("init_warmup", int, None, "Steps before pruning starts. Default: a tenth of the training.",
+         NOT_NEGATIVE),
+    Flag("final_warmup", int, None, "Steps at the end, in which the ranks stay fixed. Default: half of the training.",
+         NOT_NEGATIVE),
+    Flag("mask_interval", int, 10, "Steps between two prunings.", AT_LEAST_1),
+    Flag("beta1", float, 0.85, "Decay of the moving average of the sensitivity.", INSIDE_1),
+    Flag("beta2", float, 0.85, "Decay of the moving average of the uncertainty.", INSIDE_1),
+    Flag("importance", ("inner", "full"), "inner",
+         "inner: the paper's importance score; full: the outer factors count too."),
+)  # fmt: skip
+REGULARISER_FLAGS = (
+    Flag("reg_orth_coef", float, 0.1, "Weight of the orthogonality regulariser.", NOT_NEGATIVE),
+    Flag("orth_terms", str, "all", "Terms of the regulariser: all, or some of uv, UV and PQ joined by +."),
+    Flag("orth_squared", bool, False, "Use squared norms in the regulariser."),
+)
+SINGULAR_VALUE_FLAGS = (
+    Flag("lora_init", ("gaussian", "orthogonal"), "gaussian", "Initial factors; gaussian is the paper's choice."),
+    Flag("orthogonality", ("penalty", "retraction"), "penalty",
+         "penalty: the paper's regulariser; retraction: make the factors exactly orthonormal after each step."),
+    *REGULARISER_FLAGS,
+    Flag("rank_allocation", bool, True, "Whether singular values are pruned to the target rank."),
+    *PRUNING_FLAGS,
+    Flag("value_lr_ratio", float, 1.0,
+         "Learning rate of the singular values, as a multiple of --learning_rate.", POSITIVE),
+)  # fmt: skip
+SCALE_FLAGS = (
+    Flag("lora_k", _number_or_match, 8,
+         "LoRA²: width k of the outer factors; match:lora chooses k to match LoRA's parameter count.", AT_LEAST_1),
+    Flag("lora_share_outer", bool, False, "LoRA²: layers of the same module type share their outer factors."),
+)  # fmt: skip
+
+# ---- what they select and set --------------------------------------------------------------------------------------
 
 _TOLERANCE = 0.1  # relative to the number of parameters that match: aims for
 
@@ -88,6 +140,12 @@ def inject_layers(model: nn.Module, args: Any, kind: str, **scales: Any) -> list
     return names
 
 
+def matched_rank(width: int | str) -> int | None:
+    """The rank in the file that ``--lora_k match:NAME`` names; None for a number, or a file without a rank."""
+    file = METHOD_FOLDER / f"{str(width).removeprefix(_MATCH)}.yaml"
+    return read_yaml(file).get("lora_r") if str(width).startswith(_MATCH) and file.is_file() else None
+
+
 def _width(model: nn.Module, args: Any) -> int:
     """LoRA²'s k: --lora_k, or the k nearest to LoRA's number of parameters, Σ (out + in)·ρ over the modules, at rank ρ.
 
@@ -102,10 +160,9 @@ def _width(model: nn.Module, args: Any) -> int:
     outer = {(module_type(name) if args.lora_share_outer else name, side) for name, side in sides.items()}
     values = args.lora_r * len(sides)
     a_width = sum(side for _, side in outer) + 2 * values  # parameters that are added if k grows by 1
-    file = METHOD_FOLDER / f"{args.lora_k.removeprefix(MATCH)}.yaml"
-    rank = read_yaml(file).get("lora_r") if file.is_file() else None
+    rank = matched_rank(args.lora_k)
     if rank is None:
-        raise UsageError(f"--lora_k {args.lora_k}: {file.name} is no LoRA file in configs/methods/: give match:lora")
+        raise UsageError(f"--lora_k {args.lora_k} names no LoRA file in configs/methods/: give match:lora")
     target = sum(sides.values()) * rank
     k = max(1, math.ceil((target - values) / a_width - 0.5))
     size = k * a_width + values

@@ -12,9 +12,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlu.arguments import LORA_MODULE, Flag, json_object
+from nlu.arguments import Flag, json_object
 from nlu.errors import UsageError, reason
-from nlu.methods.low_rank import adapted_modules
+from nlu.methods.low_rank import LORA_MODULE, adapted_modules
 from nlu.methods.method import AppliedMethod, Method, head_modules, train_only
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from nlu.arguments import LOW_RANK_FLAGS, NOT_NEGATIVE, Flag
-from nlu.methods.low_rank import inject_layers
+from nlu.arguments import NOT_NEGATIVE, Flag
+from nlu.methods.low_rank import LOW_RANK_FLAGS, inject_layers
 from nlu.methods.method import AppliedMethod, Method
 
 if TYPE_CHECKING:

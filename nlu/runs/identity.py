@@ -13,11 +13,11 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from nlu import METHOD_FOLDER
-from nlu.arguments import MATCH, Arguments
+from nlu.arguments import Arguments
 from nlu.command_line import DEFAULTS
 from nlu.data.glue import split_files
-from nlu.json_yaml import finite, read_yaml
+from nlu.json_yaml import finite
+from nlu.methods.low_rank import matched_rank
 from nlu.tasks import TASKS
 
 INPUTS = (  # flags that name what a run reads
@@ -92,10 +92,8 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         if files:
             contents = sorted(zip(names, map(file_digest, files), strict=True))
             found[flag] = _value_digest(contents)
-    width = str(arguments.get("lora_k"))
-    matched = METHOD_FOLDER / f"{width.removeprefix(MATCH)}.yaml"
-    if width.startswith(MATCH) and matched.is_file():
-        found["lora_k"] = _value_digest(read_yaml(matched).get("lora_r"))
+    if (rank := matched_rank(arguments.get("lora_k"))) is not None:
+        found["lora_k"] = _value_digest(rank)
     return found
 
 

@@ -18,6 +18,7 @@ from nlu import fine_tuning
 from nlu.arguments import Arguments
 from nlu.data.splits import tokenize
 from nlu.errors import UsageError
+from nlu.methods import low_rank
 from nlu.run_glue import main
 from nlu.runs import identity
 from nlu.runs.folder import RunFolder
@@ -258,7 +259,7 @@ def test_official_and_own_files_have_digests(tmp_path, monkeypatch):
 
 
 def test_digest_of_a_matched_width_depends_on_the_rank_in_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(identity, "METHOD_FOLDER", tmp_path)
+    monkeypatch.setattr(low_rank, "METHOD_FOLDER", tmp_path)
     (tmp_path / "narrow.yaml").write_text("method: lora\nlora_r: 1\n")
     matched = of(lora_k="match:narrow")
     assert set(matched) == {"lora_k"} and of(lora_k=8) == {}
