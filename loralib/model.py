@@ -172,12 +172,14 @@ def is_bias(name: str) -> bool:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All trainable parameters of the :func:`unwrapped` model, each under one name, and the saved buffers that training
-    changes: running statistics, and the buffers of modules that own a trainable parameter. The weight of a merged layer
-    is the one without the update, as in its state dict."""
+    """All factors, frozen or not (the base has none of them), and all trainable parameters of the :func:`unwrapped`
+    model, each under one name; and the saved buffers that training changes: running statistics, and the buffers of
+    modules that own such a parameter. The weight of a merged layer is the one without the update, as in its state
+    dict."""
     model = unwrapped(model)
-    state = model.state_dict(keep_vars=True)
-    found = {name: state.get(name, p) for name, p in model.named_parameters() if p.requires_grad}
+    state, factors = model.state_dict(keep_vars=True), set(map(id, factors_of(model)))
+    named = model.named_parameters()
+    found = {name: state.get(name, p) for name, p in named if p.requires_grad or id(p) in factors}
     owners = {name.rpartition(".")[0] for name in found}
     owners |= {name for name, module in model.named_modules() if getattr(module, "track_running_stats", False)}
     return found | {n: b for n, b in model.named_buffers() if n in state and n.rpartition(".")[0] in owners}

@@ -5,9 +5,9 @@
 
 Besides the Trainer's own files, a checkpoint contains
 
-    trained.safetensors   the trainable parameters and the buffers that training changes, under the model's own names.
-                          Resuming and ``load_best_model_at_end`` read this file, so that the names under which
-                          transformers saves a model do not matter. The frozen base is not written.
+    trained.safetensors   the factors, the trainable parameters and the buffers that training changes, under the model's
+                          own names. Resuming and ``load_best_model_at_end`` read this file, so that the names under
+                          which transformers saves a model do not matter. The frozen base is not written.
     low_rank.pt           the state of ``low_rank``.
 """
 

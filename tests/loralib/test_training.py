@@ -11,6 +11,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 import loralib
+from loralib.model import factors_of
 from loralib.recipes.exact_factors import ExactFactors
 from nlu import ROOT
 from tests.loralib.small import INPUTS, Net, adapted, blocks, model_to_prune, random_step, trainable
@@ -123,7 +124,7 @@ def test_step_that_a_scaler_skips_counts_the_same_with_a_fused_optimiser():
 @pytest.mark.parametrize("stop", [1, 3, 6])
 def test_resume_in_a_plain_loop_as_documented(stop, tmp_path, monkeypatch):
     """Stopping and resuming a training with the code in docs/library.md does not change a bit of it. From step 5 on
-    the mask is fixed."""
+    the mask is fixed. Factors that do not train are random ones, and belong to the state too."""
     text = (ROOT / "docs/library.md").read_text()
     blocks_of_code = re.findall(r"```python\n(.*?)```", text, re.S)
     save, load = (next(block for block in blocks_of_code if call in block) for call in ("torch.save(", "torch.load("))
@@ -131,6 +132,7 @@ def test_resume_in_a_plain_loop_as_documented(stop, tmp_path, monkeypatch):
 
     def parts():
         model = adapted("lora2", r=4, k=3)
+        next(iter(loralib.lora_layers(model).values())).lora_A.requires_grad_(False)
         training = loralib.LowRankTraining(model, 8, target_rank=1, mask_interval=1)
         return model, training, torch.optim.AdamW(trainable(model), lr=0.05)
 
@@ -140,7 +142,7 @@ def test_resume_in_a_plain_loop_as_documented(stop, tmp_path, monkeypatch):
     exec(save, names | {"model": model, "low_rank": training, "optimizer": optimizer})
     stepped(training, 8 - stop, optimizer)
     again, low_rank, other = parts()
-    for parameter in trainable(again):
+    for parameter in [*trainable(again), *factors_of(again)]:
         nn.init.zeros_(parameter)
     exec(load, names | {"model": again, "low_rank": low_rank, "optimizer": other})
     stepped(low_rank, 8 - stop, other)
