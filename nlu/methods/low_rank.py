@@ -109,11 +109,17 @@ _SWITCHES = (("rank_allocation", False, PRUNING_FLAGS), ("orthogonality", "retra
 
 
 def _check_factors(args: Any, given: Collection[str]) -> None:
-    """Refuse flags that a switched-off part would ignore; set the values that follow from other flags."""
+    """Refuse flags that a switched-off part would ignore, and an optimiser that would undo the pruning or the exact
+    factors; set the values that follow from other flags."""
     for switch, off, flags in _SWITCHES:
         for flag in flags:
             if flag.name in given and getattr(args, switch) == off:
                 raise UsageError(f"--{flag.name} has no meaning with --{switch} {off}: leave it out")
+    if args.optim.startswith("schedule_free") and (args.rank_allocation or args.orthogonality == "retraction"):
+        raise UsageError(
+            f"--optim {args.optim} evaluates and saves an average of the weights, whose factors are neither pruned nor "
+            "exactly orthonormal: give another optimiser"
+        )
     if args.orthogonality == "retraction":
         args.reg_orth_coef = 0.0
     if args.target_rank is None:

@@ -122,6 +122,8 @@ WRONG = """
 --method lora --target_rank 3 | --target_rank has no meaning with --method lora
 --method bitfit --lora_path x | --lora_path has no meaning with --method bitfit
 --method lora2_plus --target_rank 3 | --target_rank has no meaning with --rank_allocation False
+--optim schedule_free_adamw | an average of the weights
+--method lora2_plus --optim schedule_free_sgd | an average of the weights
 --method rslora --peft_config {} | a peft_config of its own
 --learning_rat 1 | unknown argument --learning_rat: did you mean --learning_rate?
 --total_batch_size 32 --gradient_accumulation_steps 2 | follows from --total_batch_size
