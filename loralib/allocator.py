@@ -146,10 +146,12 @@ class RankAllocator:
         due = step > last or step == self.total_steps or step % self.mask_interval == 0
         if step <= self.init_warmup or not due:
             return
-        scores = self.importance_scores().unbind()
-        kept = most_important(torch.cat([scores[row] for row in training]), self.budget(step, len(training)))
+        of_layers = self.importance_scores().unbind()
+        scores = torch.cat([of_layers[row] for row in training])
+        pruned = scores.argsort(stable=True)[: len(scores) - self.budget(step, len(training))]
+        masks = torch.ones_like(scores).index_fill_(0, pruned, 0).split(self.r)
         values = [self._layers[row].lora_E for row in training]
-        torch._foreach_mul_(values, [mask.to(e) for e, mask in zip(values, kept.split(self.r), strict=True)])
+        torch._foreach_mul_(values, [mask.to(e) for e, mask in zip(values, masks, strict=True)])
 
     def _update_scores(self) -> None:
         if all(layer.lora_E.grad is None for layer in self._layers):
@@ -215,12 +217,6 @@ class RankAllocator:
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """All entries one after the other, as float32, on the device of the first tensor."""
     return torch.cat([tensor.detach().flatten().to(tensors[0].device, torch.float32) for tensor in tensors])
-
-
-def most_important(scores: Tensor, budget: int) -> Tensor:
-    """Whether each score is among the ``budget`` largest, (n,) → (n,). Of equal scores the later ones win."""
-    pruned = scores.argsort(stable=True)[: max(len(scores) - budget, 0)]
-    return torch.ones_like(scores, dtype=torch.bool).index_fill_(0, pruned, False)
 
 
 def check_schedule(
