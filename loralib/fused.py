@@ -75,39 +75,35 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         with without_autocast(grad.device.type):
-            return _AdaptedLinear._gradients(ctx, grad)
-
-    @staticmethod
-    def _gradients(ctx, grad):
-        x, weight, a, core, b, dropped, hidden, dense = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_a, need_core, need_b, need_dropped, _ = ctx.needs_input_grad
-        dtype, grad = ctx.dtype, grad.to(ctx.dtype)
-        source = (x if dropped is None else dropped).to(dtype)
-        low_a, low_b = a.to(dtype), b.to(dtype)
-        if torch.is_grad_enabled():  # for a second derivative every value needs its history
-            hidden, dense = source @ low_a.T, None
-        grad_inner = product(grad, low_b.T)
-        grad_hidden = grad_inner @ core.to(dtype)
-        grad_x = grad_weight = grad_bias = grad_a = grad_core = grad_b = grad_dropped = None
-        if need_x:
-            grad_x = product(grad, (weight.to(dtype) if dense is None else dense).T)
-            if dropped is None:
-                add_product_(grad_x, grad_hidden, low_a.T)
-            grad_x = grad_x.to(x.dtype)
-        if need_dropped:
-            grad_dropped = product(grad_hidden, low_a.T).to(dropped.dtype)
-        if need_weight:
-            grad_weight = product(grad.T, x.to(dtype).T).to(weight.dtype)
-        if need_bias:
-            grad_bias = grad.sum(0).to(ctx.bias_dtype)
-        if need_a:
-            grad_a = product(grad_hidden.T, source.T).to(a.dtype)
-        if need_core:
-            grad_core = (grad_inner.T @ hidden).to(core.dtype)
-        if need_b:
-            # As (innerᵀ grad)ᵀ, because gradᵀ inner costs up to eight times as much.
-            grad_b = product((hidden @ core.T.to(dtype)).T, grad.T).T.to(b.dtype)
-        return grad_x, grad_weight, grad_bias, grad_a, grad_core, grad_b, grad_dropped, None
+            x, weight, a, core, b, dropped, hidden, dense = ctx.saved_tensors
+            need_x, need_weight, need_bias, need_a, need_core, need_b, need_dropped, _ = ctx.needs_input_grad
+            dtype, grad = ctx.dtype, grad.to(ctx.dtype)
+            source = (x if dropped is None else dropped).to(dtype)
+            low_a, low_b = a.to(dtype), b.to(dtype)
+            if torch.is_grad_enabled():  # for a second derivative every value needs its history
+                hidden, dense = source @ low_a.T, None
+            grad_inner = product(grad, low_b.T)
+            grad_hidden = grad_inner @ core.to(dtype)
+            grad_x = grad_weight = grad_bias = grad_a = grad_core = grad_b = grad_dropped = None
+            if need_x:
+                grad_x = product(grad, (weight.to(dtype) if dense is None else dense).T)
+                if dropped is None:
+                    add_product_(grad_x, grad_hidden, low_a.T)
+                grad_x = grad_x.to(x.dtype)
+            if need_dropped:
+                grad_dropped = product(grad_hidden, low_a.T).to(dropped.dtype)
+            if need_weight:
+                grad_weight = product(grad.T, x.to(dtype).T).to(weight.dtype)
+            if need_bias:
+                grad_bias = grad.sum(0).to(ctx.bias_dtype)
+            if need_a:
+                grad_a = product(grad_hidden.T, source.T).to(a.dtype)
+            if need_core:
+                grad_core = (grad_inner.T @ hidden).to(core.dtype)
+            if need_b:
+                # As (innerᵀ grad)ᵀ, because gradᵀ inner costs up to eight times as much.
+                grad_b = product((hidden @ core.T.to(dtype)).T, grad.T).T.to(b.dtype)
+            return grad_x, grad_weight, grad_bias, grad_a, grad_core, grad_b, grad_dropped, None
 
 
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, core: Tensor, b: Tensor) -> Tensor:
