@@ -37,7 +37,7 @@ class Task:
         official_header: the columns of a train or dev TSV file that has no header line.
         short_rows_skipped: whether to skip the release's rows with missing fields, which the hub's copy lacks.
         submission_files: the GLUE server's file name for each of `test_splits`, with the number of rows it wants.
-        server_labels: the words the GLUE server wants, by class number, if they differ from `labels`.
+        server_numbers: whether the GLUE server wants the hub's class numbers instead of the words.
         positive: the number of the class whose F1 is reported; GLUE's second class.
     """
 
@@ -56,7 +56,7 @@ class Task:
     official_header: tuple[str, ...] = ()
     short_rows_skipped: bool = False
     submission_files: tuple[tuple[str, int], ...] = ()
-    server_labels: tuple[str, ...] | None = None
+    server_numbers: bool = False
     positive: int = 1
 
     @property
@@ -66,11 +66,6 @@ class Task:
         For MNLI it is the score on the matched set.
         """
         return self.metrics[0]
-
-    @property
-    def submission_labels(self) -> tuple[str, ...] | None:
-        """The words the GLUE server wants, by class number; None for a regression task."""
-        return self.server_labels or self.labels
 
     @property
     def is_regression(self) -> bool:
@@ -90,7 +85,6 @@ class Task:
 
 _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = ("entailment", "neutral", "contradiction")
-_NUMBERS = ("0", "1")
 _PAIR = ("sentence1", "sentence2")
 _PREMISE = (("premise", "sentence1"), ("hypothesis", "sentence2"))
 
@@ -103,7 +97,7 @@ _ROWS = (
         ("matthews_correlation", "accuracy"),
         official_header=("source", "label", "mark", "sentence"),
         submission_files=(("CoLA.tsv", 1063),),
-        server_labels=_NUMBERS,
+        server_numbers=True,
     ),
     Task(
         "sst2",
@@ -112,7 +106,7 @@ _ROWS = (
         ("negative", "positive"),
         ("accuracy",),
         submission_files=(("SST-2.tsv", 1821),),
-        server_labels=_NUMBERS,
+        server_numbers=True,
     ),
     Task(
         "mrpc",
@@ -122,7 +116,7 @@ _ROWS = (
         ("accuracy", "f1"),
         official_names=(("sentence1", "#1 String"), ("sentence2", "#2 String"), ("label", "Quality")),
         submission_files=(("MRPC.tsv", 1725),),
-        server_labels=_NUMBERS,
+        server_numbers=True,
     ),
     Task(
         "qqp",
@@ -133,7 +127,7 @@ _ROWS = (
         official_names=(("label", "is_duplicate"),),
         short_rows_skipped=True,
         submission_files=(("QQP.tsv", 390965),),
-        server_labels=_NUMBERS,
+        server_numbers=True,
     ),
     Task(
         "stsb",
@@ -166,7 +160,7 @@ _ROWS = (
         ("not_entailment", "entailment"),
         ("accuracy",),
         submission_files=(("WNLI.tsv", 146),),
-        server_labels=_NUMBERS,
+        server_numbers=True,
     ),
     # The diagnostic set has hidden labels only: a model trained on MNLI predicts it.
     Task(

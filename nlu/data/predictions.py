@@ -82,7 +82,10 @@ def write_predictions(
 
 
 def _word(task: Task, value: float) -> str:
-    return f"{value:.7g}" if task.is_regression else task.submission_labels[int(value)]
+    if task.is_regression:
+        return f"{value:.7g}"
+    word = task.labels[int(value)]
+    return str(TASKS[task.name].labels.index(word)) if task.server_numbers else word
 
 
 def draw_confusion(report: dict[str, Any], path: Path) -> None:

@@ -79,13 +79,7 @@ def reorder_labels(task: Task, order: Sequence[str]) -> Task:
 
     The rows are not changed here: :func:`tokenize` renumbers their labels.
     """
-    server = dict(zip(task.labels, task.submission_labels, strict=True))
-    return replace(
-        task,
-        labels=tuple(order),
-        server_labels=tuple(server[word] for word in order),
-        positive=order.index(task.labels[task.positive]),
-    )
+    return replace(task, labels=tuple(order), positive=order.index(task.labels[task.positive]))
 
 
 def _load_glue(task: Task, splits: Sequence[str], arguments: Any) -> Rows:
