@@ -95,7 +95,7 @@ def compact(model: nn.Module) -> dict[str, int]:
     and keeps them all. Plain LoRA has no singular values and keeps its rank.
 
     Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
-    parameters: create the optimiser afterwards.
+    parameters: create the optimiser afterwards. A pruning that has begun cannot go on with them.
 
     Returns:
         Module name -> new rank.
