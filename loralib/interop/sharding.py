@@ -12,12 +12,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from loralib.fingerprint import BEFORE_SHARDING, base_fingerprint
-from loralib.model import head_tensors, unwrapped
+from loralib.model import factors_of, head_tensors, unwrapped
 from loralib.stored_weight import stored_form
 
 
 def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
-    """Split every frozen parameter of ``model`` over all processes, in place; trainable ones stay whole on each.
+    """Split every frozen parameter of ``model`` over all processes, in place; factors and trainable ones stay whole.
 
     The weights of a block (an entry of an ``nn.ModuleList``) are gathered for its forward and its backward pass and
     freed after each. Wrap the model in ``DistributedDataParallel``, which leaves the split weights alone and averages
@@ -39,7 +39,7 @@ def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:
     mesh = init_device_mesh(device_type, (dist.get_world_size(),))
     units = [*_units(model), model]
     setattr(unwrapped(model), BEFORE_SHARDING, base_fingerprint(model, head_tensors(model)))
-    whole = {p for p in model.parameters() if p.requires_grad or p.dim() == 0}
+    whole = {p for p in model.parameters() if p.requires_grad or p.dim() == 0} | set(factors_of(model))
     for unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     split = [name for name, p in model.named_parameters(remove_duplicate=False) if stored_form(p) == "sharded"]
