@@ -1,8 +1,9 @@
 """Rank allocation: budget, importance and masks (arXiv 2303.10512, section 3; arXiv 2408.06854, eqs. 6–9).
 
 Pruning has two phases. At every masking the ``b(t)`` most important singular values of all layers are kept and the
-others are set to 0. Between maskings the optimiser may move a pruned value away from 0, so that it can come back. In
-the last final_warmup steps the scores and the budget, and so the mask, are fixed, and it is applied after every step.
+others are set to 0; of equal ones the later stay. Between maskings the optimiser may move a pruned value away from 0,
+so that it can come back. In the last final_warmup steps the scores and the budget, and so the mask, are fixed, and it
+is applied after every step.
 
 Budget     With T steps in all, t_i = init_warmup and t_f = final_warmup: b(t) = b₀ up to t_i; then
            b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, rounded down, masked every mask_interval steps (and at T
