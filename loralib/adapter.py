@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +256,8 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
         # A folder from an untrusted source must not make this allocate unbounded memory.
         if max(group.r, len(flags), *group.widths) > most or len(group.widths) > 16:
             raise ValueError(f"the adapter's rank or a width of {name} is beyond {most}, or it has more than 16 widths")
-        options = {"k": next(iter(group.widths), None), "widths": group.widths, "init": group.init}
-        options = {option: options[option] for option in signature(KINDS[group.kind].scales).parameters}
-        layer = KINDS[group.kind].from_linear(modules[name], group.r, group.lora_alpha, group.lora_dropout, **options)
+        settings = (group.r, group.lora_alpha, group.lora_dropout, group.widths, group.init)
+        layer = KINDS[group.kind].from_linear(modules[name], *settings)
         layer.keep_singular_values(range(min(len(flags), group.r)))
         layers[name] = layer
         for side, factors in (("A", layer.lora_A), ("B", layer.lora_B)):

@@ -133,7 +133,8 @@ def inject(
             unchanged then.
     """
     check_choice("kind", kind, KINDS)
-    if share_outer and not KINDS[kind].scales(**options)[0]:
+    widths, init = KINDS[kind].scales(**options)
+    if share_outer and not widths:
         raise ValueError(f"share_outer needs two or more scales; {kind!r} has one here")
     modules = {name: model.get_submodule(name) for name in match_modules(model, target_modules)}
     for name, module in modules.items():
@@ -141,7 +142,7 @@ def inject(
             raise ValueError(f"{name} is a low-rank layer already: inject once, or name other modules")
         check_replaceable(name, module)
     new = KINDS[kind].from_linear
-    layers = {name: new(module, r, lora_alpha, lora_dropout, **options) for name, module in modules.items()}
+    layers = {name: new(module, r, lora_alpha, lora_dropout, widths, init) for name, module in modules.items()}
     if share_outer:
         _share_outer_factors(layers)
     put_in_place(model, {id(modules[name]): layer for name, layer in layers.items()})

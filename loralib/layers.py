@@ -87,12 +87,7 @@ class LoRALayer(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Module,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        **options: Any,
+        cls, linear: nn.Module, r: int, lora_alpha: float, lora_dropout: float, widths: Sequence[int], init: str
     ) -> LoRALayer:
         """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, neither copied nor frozen. If
         accelerate has dispatched it to a device (``device_map``), so is the new layer.
@@ -100,12 +95,11 @@ class LoRALayer(nn.Linear):
         Args:
             linear: an ``nn.Linear``, whose weight may be quantised by torchao; bitsandbytes' ``Linear4bit``; or a layer
                 that stores its weight as (in, out): GPT-2's ``Conv1D``, or one whose ``fan_in_fan_out`` is true.
-            options: the arguments of the preset's :meth:`scales`.
+            widths, init: what the preset's :meth:`scales` returns.
 
         Raises:
-            ValueError: for a value out of range. TypeError: for an unknown argument.
+            ValueError: for a value out of range.
         """
-        scales = cls.scales(**options)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = frozen_shape(linear)
@@ -113,7 +107,7 @@ class LoRALayer(nn.Linear):
         if stored_form(layer.weight) == "quantised":
             layer._quantised = (linear,)
         layer.register_parameter("bias", linear.bias)
-        layer._add_factors(r, lora_alpha, lora_dropout, *scales, fan_in_fan_out=is_transposed(linear))
+        layer._add_factors(r, lora_alpha, lora_dropout, widths, init, is_transposed(linear))
         if is_dispatched(linear):
             from accelerate.hooks import add_hook_to_module
 
