@@ -45,24 +45,27 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
             if chosen & {term, "PQ"}:
                 key = (term, side[0].device, *(factor.shape for factor in side))
                 groups[key].append(side)
-    counted: set[int] = set()  # layers of different ranks may share outer factors
+    counted: set[int] = set()  # layers may share outer factors, those of different ranks too
     norms: list[Tensor] = []
     for (term, device, *shapes), sides in groups.items():
         product = None
         with without_autocast(device.type):  # Gram − I is a small difference
             for factors in zip(*sides, strict=True):  # of all sides, from the outermost inward
-                x = torch.stack(factors)
+                unique = {id(factor): factor for factor in factors}
+                x = torch.stack(list(unique.values()))
                 x = x.mT if term == "UV" else x  # (outer, inner) like a B
                 inner = x.mT @ x
                 if term in chosen or len(shapes) == 1:
                     own = inner if inner.shape[-1] <= x.shape[-2] else x @ x.mT  # if outer < inner, only XXᵀ can be I
                     # Not own[[…]]: a list of indices would be copied to the device in every step.
-                    fresh = {id(f): gram for f, gram in zip(factors, own.unbind(), strict=True) if id(f) not in counted}
+                    fresh = [gram for key, gram in zip(unique, own.unbind(), strict=True) if key not in counted]
                     if fresh:
-                        norms.append(_deviation(torch.stack(list(fresh.values())), squared))
-                    counted.update(fresh)
+                        norms.append(_deviation(torch.stack(fresh), squared))
+                    counted.update(unique)
                 if "PQ" in chosen and len(shapes) > 1:
-                    product = inner if product is None else x.mT @ product @ x
+                    rows = dict(zip(unique, (inner if product is None else x).unbind(), strict=True))
+                    every = torch.stack([rows[id(factor)] for factor in factors])
+                    product = every if product is None else every.mT @ product @ every
             if product is not None:
                 norms.append(_deviation(product, squared))
     return regu_weight * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
