@@ -66,9 +66,10 @@ class _AdaptedLinear(torch.autograd.Function):
         dense = weight.to(dtype)
         out = product(x.to(dtype), dense, None if bias is None else bias.to(dtype))
         hidden = product((x if dropped is None else dropped).to(dtype), a.to(dtype))
-        add_product_(out, hidden @ core.T.to(dtype), b.to(dtype))
+        add_product_(out, _inner(hidden, core), b.to(dtype))
         # x and dropped are views, so layers that share an input save it once. A cast of the large weight is saved too.
-        ctx.save_for_backward(x, weight, a, core, b, dropped, hidden, None if dense is weight else dense)
+        matrix, ctx.number = (core, None) if isinstance(core, Tensor) else (None, core)
+        ctx.save_for_backward(x, weight, a, matrix, b, dropped, hidden, None if dense is weight else dense)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
         return out
 
@@ -76,6 +77,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         with without_autocast(grad.device.type):
             x, weight, a, core, b, dropped, hidden, dense = ctx.saved_tensors
+            core = ctx.number if core is None else core
             need_x, need_weight, need_bias, need_a, need_core, need_b, need_dropped, _ = ctx.needs_input_grad
             dtype, grad = ctx.dtype, grad.to(ctx.dtype)
             source = (x if dropped is None else dropped).to(dtype)
@@ -83,7 +85,7 @@ class _AdaptedLinear(torch.autograd.Function):
             if torch.is_grad_enabled():  # for a second derivative every value needs its history
                 hidden, dense = source @ low_a.T, None
             grad_inner = product(grad, low_b.T)
-            grad_hidden = grad_inner @ core.to(dtype)
+            grad_hidden = grad_inner @ core.to(dtype) if isinstance(core, Tensor) else grad_inner * core
             grad_x = grad_weight = grad_bias = grad_a = grad_core = grad_b = grad_dropped = None
             if need_x:
                 grad_x = product(grad, (weight.to(dtype) if dense is None else dense).T)
@@ -102,15 +104,18 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_core = (grad_inner.T @ hidden).to(core.dtype)
             if need_b:
                 # As (innerᵀ grad)ᵀ, because gradᵀ inner costs up to eight times as much.
-                grad_b = product((hidden @ core.T.to(dtype)).T, grad.T).T.to(b.dtype)
+                grad_b = product(_inner(hidden, core).T, grad.T).T.to(b.dtype)
             return grad_x, grad_weight, grad_bias, grad_a, grad_core, grad_b, grad_dropped, None
 
 
-def add_low_rank(out: Tensor, x: Tensor, a: Tensor, core: Tensor, b: Tensor) -> Tensor:
+def _inner(hidden: Tensor, core: Tensor | float) -> Tensor:
+    return hidden @ core.T.to(hidden.dtype) if isinstance(core, Tensor) else hidden * core
+
+
+def add_low_rank(out: Tensor, x: Tensor, a: Tensor, core: Tensor | float, b: Tensor) -> Tensor:
     """out + x Aᵀ Cᵀ Bᵀ in the dtype of ``out``, by torch's own operations; see :func:`adapted_linear`."""
-    for matrix in (a, core, b):
-        x = F.linear(x.to(out.dtype), matrix.to(out.dtype))
-    return out + x
+    inner = _inner(F.linear(x.to(out.dtype), a.to(out.dtype)), core)
+    return out + F.linear(inner, b.to(out.dtype))
 
 
 def adapted_linear(
@@ -118,7 +123,7 @@ def adapted_linear(
     weight: Tensor,
     bias: Tensor | None,
     a: Tensor,
-    core: Tensor,
+    core: Tensor | float,
     b: Tensor,
     dropped: Tensor | None = None,
 ) -> Tensor:
@@ -126,7 +131,7 @@ def adapted_linear(
 
     Args:
         x: (…, in). weight: (out, in). bias: (out,) or None.
-        a: (k, in). core: C, (k, k). b: (out, k).
+        a: (k, in). core: C, (k, k), or a number that stands for that number times the identity. b: (out, k).
         dropped: x̃, x after dropout; None if it is x itself.
 
     Returns:

@@ -217,15 +217,18 @@ class LoRALayer(nn.Linear):
         It is saved with the adapter, but not by peft: there, multiply e."""
         return self.lora_alpha / self.initial_r
 
-    def folded_core(self) -> Tensor:
-        """What lies between the outer factors, s included: ΔW = B₀ · core · A₀. Shape (k₁, k₁); one scale: (r, r)."""
+    def folded_core(self) -> Tensor | float:
+        """What lies between the outer factors, s included: ΔW = B₀ · core · A₀. Shape (k₁, k₁); one scale: (r, r); for
+        LoRA the number s, which stands for s times the identity."""
         # A factor that was moved from the meta device, or is still there, would be read as uninitialised memory.
         if not self.weight.is_meta and (self.lora_A[0].is_meta or not self._has_values):
             raise RuntimeError(
                 "the factors are from the meta device and have no values: load the weights before inject(), and let "
                 "accelerate dispatch the model without offloading"
             )
-        values = (self.lora_B[-1].new_ones(self.r) if self.lora_E is None else self.lora_E) * self.scaling
+        if self.lora_E is None:
+            return self.scaling
+        values = self.lora_E * self.scaling
         if not self.widths:
             return torch.diag(values)
         # Not by slices: those of a ParameterList detach the tensors that torch.func puts into it.
@@ -241,7 +244,9 @@ class LoRALayer(nn.Linear):
         if self.r == 0:
             return self.weight.new_zeros(self.out_features, self.in_features)
         with without_autocast(self.lora_B[0].device.type):
-            return self.lora_B[0] @ self.folded_core() @ self.lora_A[0]
+            core = self.folded_core()
+            left = self.lora_B[0] @ core if isinstance(core, Tensor) else self.lora_B[0] * core
+            return left @ self.lora_A[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """x (…, in) → x Wᵀ + bias + dropout(x) ΔWᵀ, shape (…, out), in the dtype of ``weight`` or autocast's; with a

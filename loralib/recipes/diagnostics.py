@@ -52,4 +52,6 @@ def _squared_norm(layer: LoRALayer) -> Tensor:
         return torch.zeros(())
     b, core, a = layer.lora_B[0], layer.folded_core(), layer.lora_A[0]
     with without_autocast(b.device.type):
-        return (core @ (a @ a.T) @ core.T * (b.T @ b)).sum()
+        inner = a @ a.T
+        inner = core @ inner @ core.T if isinstance(core, Tensor) else core * inner * core
+        return (inner * (b.T @ b)).sum()
