@@ -2,8 +2,8 @@
 
 Pruning has two phases. At every masking the ``b(t)`` most important singular values of all layers are kept and the
 others are set to 0; of equal ones the later stay. Between maskings the optimiser may move a pruned value away from 0,
-so that it can come back. In the last final_warmup steps the scores and the budget, and so the mask, are fixed, and it
-is applied after every step.
+so that it can come back. In the last final_warmup steps the mask is fixed and applied after every step, so that it
+cannot.
 
 Budget     With T steps in all, t_i = init_warmup and t_f = final_warmup: b(t) = b₀ up to t_i; then
            b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, rounded down, masked every mask_interval steps (and at T
@@ -86,6 +86,7 @@ class RankAllocator:
         if target_rank > self.r:
             raise ValueError(f"target_rank {target_rank} exceeds the layers' rank {self.r}")
         self.initial_total_rank, self.target_total_rank = self.r * len(layers), target_rank * len(layers)
+        self._masks = [torch.ones_like(layer.lora_E, dtype=torch.bool) for layer in self._layers]
         # Ī and Ū of all scored entries, one parameter after the other.
         self._sensitivity = torch.zeros(sum(p.numel() for p, *_ in self._scored()), dtype=torch.float32)
         self._uncertainty = torch.zeros_like(self._sensitivity)
@@ -141,18 +142,21 @@ class RankAllocator:
         training = [row for row, layer in enumerate(self._layers) if layer.lora_E.requires_grad]
         if not training:
             return
-        last = self.total_steps - self.final_warmup  # step after which the same scores give the same mask
+        last = self.total_steps - self.final_warmup  # step after which the mask is fixed
         if step < max(last, 2):  # score step 1 even if it is the last before the mask is fixed
             self._update_scores()
         due = step > last or step == self.total_steps or step % self.mask_interval == 0
         if step <= self.init_warmup or not due:
             return
-        of_layers = self.importance_scores().unbind()
-        scores = torch.cat([of_layers[row] for row in training])
-        pruned = scores.argsort(stable=True)[: len(scores) - self.budget(step, len(training))]
-        masks = torch.ones_like(scores).index_fill_(0, pruned, 0).split(self.r)
+        if step <= last + 1:
+            of_layers = self.importance_scores().unbind()
+            scores = torch.cat([of_layers[row] for row in training])
+            pruned = scores.argsort(stable=True)[: len(scores) - self.budget(step, len(training))]
+            kept = torch.ones_like(scores, dtype=torch.bool).index_fill_(0, pruned, False)
+            for row, mask in zip(training, kept.split(self.r), strict=True):
+                self._masks[row] = mask
         values = [self._layers[row].lora_E for row in training]
-        torch._foreach_mul_(values, [mask.to(e) for e, mask in zip(values, masks, strict=True)])
+        torch._foreach_mul_(values, [self._masks[row].to(e) for row, e in zip(training, values, strict=True)])
 
     def _update_scores(self) -> None:
         if all(layer.lora_E.grad is None for layer in self._layers):
@@ -195,6 +199,7 @@ class RankAllocator:
             "settings": self._settings(),
             "sensitivity": self._sensitivity.to("cpu", copy=True),
             "uncertainty": self._uncertainty.to("cpu", copy=True),
+            "masks": torch.stack([mask.cpu() for mask in self._masks]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,6 +218,7 @@ class RankAllocator:
         if state["layers"] != self._names or len(state["sensitivity"]) != len(self._sensitivity):
             raise ValueError("the allocator state belongs to other layers: resume with the same modules and widths")
         self._sensitivity, self._uncertainty = state["sensitivity"].clone(), state["uncertainty"].clone()
+        self._masks = list(state["masks"].unbind())
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
