@@ -79,6 +79,12 @@ def test_whole_schedule_equals_the_published_loop(widths, share, importance):
         live = {name: (layer.lora_E != 0).tolist() for name, layer in loralib.lora_layers(model).items()}
         assert allocator.rank_pattern == live and allocator.importance_scores().dtype == torch.float32
     assert allocator.live_rank == allocator.target_total_rank == 6
+    resumed = loralib.RankAllocator(model, target_rank=2, importance=importance, **SCHEDULE)
+    resumed.load_state_dict(allocator.state_dict())
+    next(iter(loralib.lora_layers(model).values())).lora_E.requires_grad_(False)
+    random_step(model, torch.Generator().manual_seed(41))
+    resumed.update_and_mask(40)  # the mask is fixed: the budget is not divided anew among the others
+    assert resumed.rank_pattern == live
 
 
 def allocator_of(model, **changes):
