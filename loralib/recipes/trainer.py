@@ -31,8 +31,8 @@ from loralib.training import LowRankTraining, unscale
 STATE_FILE, TRAINED_FILE = "low_rank.pt", "trained.safetensors"
 
 
-class LowRankTrainerMixin(Trainer, TrainerCallback):
-    """Goes before transformers' Trainer (or a subclass) in the bases of a class. The trainer is then its own callback.
+class LowRankTrainerMixin(Trainer):
+    """Goes before transformers' Trainer (or a subclass) in the bases of a class.
 
     It adds the regulariser's gradient, calls the allocator after every optimiser step, and saves its state
     in the checkpoints, so that ``resume_from_checkpoint`` continues exactly where the training stopped.
@@ -52,21 +52,10 @@ class LowRankTrainerMixin(Trainer, TrainerCallback):
         super().__init__(*args, **kwargs)
         self.low_rank = low_rank
         # Weak references make no cycle, so that a deleted trainer frees its memory at once.
-        self.add_callback(weakref.proxy(self))
+        self.add_callback(_Loop(weakref.proxy(self)))
         # The outermost method is wrapped, so that a subclass with its own loss or step keeps the penalty.
         own: Any = type(self)
         self.training_step = partial(_with_penalty, weakref.ref(self), own.training_step)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:  # a resumed training was started when its state was loaded
-            self.low_rank.start(state.max_steps)
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        unscale(self.optimizer)
-        self.low_rank.before_step(self.optimizer)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.low_rank.after_step()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overridden to write the trained tensors once, under the model's own names, and the state of ``low_rank``; and
@@ -123,3 +112,21 @@ def _with_penalty(reference: Callable[[], Any], training_step: Callable[..., Any
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
     return loss
+
+
+class _Loop(TrainerCallback):
+    """A callback of its own, because a subclass may be one too."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:  # a resumed training was started when its state was loaded
+            self.trainer.low_rank.start(state.max_steps)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        unscale(self.trainer.optimizer)
+        self.trainer.low_rank.before_step(self.trainer.optimizer)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.low_rank.after_step()
