@@ -24,7 +24,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-VERSION = "0.3.0"  # of loralib
+VERSION = "0.4.0"  # of loralib
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # File names of tokenizers: every tokenizer of transformers writes at least one of them.

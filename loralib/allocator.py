@@ -218,7 +218,7 @@ class RankAllocator:
         if state["layers"] != self._names or len(state["sensitivity"]) != len(self._sensitivity):
             raise ValueError("the allocator state belongs to other layers: resume with the same modules and widths")
         self._sensitivity, self._uncertainty = state["sensitivity"].clone(), state["uncertainty"].clone()
-        self._masks = list(state["masks"].unbind())
+        self._masks = [mask.to(layer.lora_E.device) for layer, mask in zip(self._layers, state["masks"], strict=True)]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
