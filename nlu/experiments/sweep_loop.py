@@ -123,8 +123,9 @@ class Sweep:
     ) -> None:
         pending = [run for run in self.runs if states[run.name] != "finished"]
         interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log file keeps every update
-        bar = tqdm(total=len(self.runs), desc=self.measured.stem, unit="run", mininterval=interval)
-        bar.update(len(self.runs) - len(pending))
+        total, done = len(self.runs), len(self.runs) - len(pending)
+        # The time left follows from the runs made now, by their mean (smoothing 0), because they end in groups.
+        bar = tqdm(total=total, initial=done, desc=self.measured.stem, unit="run", mininterval=interval, smoothing=0)
         # Name → the run, the time of the record that it found when it started, and its job.
         running: dict[str, tuple[Run, int | None, LocalJob | SlurmJob]] = {}
         told = 0  # signals that have been passed on

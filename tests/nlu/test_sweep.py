@@ -77,7 +77,8 @@ def test_changed_contents_are_refused_and_a_moved_folder_is_not(run_sweep, tmp_p
     code, _, err = run_sweep(small, "--set", f"model_name_or_path={places[1]}")
     assert code == 2 and "(contents of model_name_or_path)" in err and err.count("\n") == 1
     moved = places[0].rename(tmp_path / "encoder")
-    assert "0 run(s) finished now" in run_sweep(small, "--set", f"model_name_or_path={moved}")[1]
+    _, out, err = run_sweep(small, "--set", f"model_name_or_path={moved}")
+    assert "0 run(s) finished now" in out and re.search(r"1/1 .*\?run/s", err)  # earlier runs say nothing about the time left
 
 
 def test_failing_runs_do_not_stop_the_others(run_sweep, tmp_path):
