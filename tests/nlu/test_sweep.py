@@ -78,7 +78,7 @@ def test_changed_contents_are_refused_and_a_moved_folder_is_not(run_sweep, tmp_p
     assert code == 2 and "(contents of model_name_or_path)" in err and err.count("\n") == 1
     moved = places[0].rename(tmp_path / "encoder")
     _, out, err = run_sweep(small, "--set", f"model_name_or_path={moved}")
-    assert "0 run(s) finished now" in out and re.search(r"1/1 .*\?run/s", err)  # earlier runs say nothing about the time left
+    assert "0 run(s) finished now" in out and re.search(r"1/1 .*\?run/s", err)  # the time left is unknown
 
 
 def test_failing_runs_do_not_stop_the_others(run_sweep, tmp_path):
