@@ -124,8 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input", required=True, help="a .jsonl, .csv, .tsv or .parquet file, or - for standard input")
     add("--input_format", choices=FORMATS, help="input format (default: by the file name; jsonl for standard input)")
     add("--encoding", default="utf-8", help="text encoding of CSV, TSV and JSON input (default: utf-8)")
-    add("--text_columns", "--text_fields", metavar="NAME[,NAME]",
-        help="columns with the text (default: as in training)")  # fmt: skip
+    add("--text_columns", metavar="NAME[,NAME]", help="columns with the text (default: as in training)")
     add("--output", default="-", help="file to write, or - for standard output (default)")
     add("--output_format", choices=("jsonl", "csv"), help="output format (default: csv for a .csv file, else jsonl)")
     add("--keep_columns", action=argparse.BooleanOptionalAction,
