@@ -149,8 +149,8 @@ class Sweep:
                     code = job.poll()
                     if code is not None:
                         del running[name]
-                        bar.update()
                         self._ended(run, code, found)
+                        bar.update(done + self.finished + len(self.failures) - bar.n)
                 if len(self.signals) > told:
                     told = len(self.signals)
                     for *_, job in running.values():
