@@ -9,8 +9,8 @@ python=${PYTHON:-python3}
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ ! -x .venv/bin/python ]; then
-    "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' || {
-        echo "error: requirements.lock is for Python 3.10 to 3.14; name one with PYTHON=/path/to/python3" >&2
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "error: Python 3.10 or newer is needed; name one with PYTHON=/path/to/python3" >&2
         exit 2
     }
     "$python" -m venv .venv
