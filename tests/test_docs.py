@@ -13,7 +13,7 @@ from loralib.interop import export
 from nlu import ROOT, command_line, compare, predict, report, sweep
 from nlu.experiments.claims import load_questions
 from nlu.experiments.figures import Drawing
-from nlu.experiments.statistics import load_measured
+from nlu.experiments.statistics import load_measured, scored_on_test
 from nlu.experiments.tables import number, score_frame, with_interval
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,7 +82,9 @@ def scores() -> dict[str, pd.DataFrame]:
     """Experiment → the scores of its committed records, by row."""
     measured = load_measured(ROOT / "results/measured")
     return {
-        each.experiment: score_frame(measured[each.experiment], each.against).set_index("row")
+        each.experiment: score_frame(scored_on_test(measured[each.experiment], each.test), each.against).set_index(
+            "row"
+        )
         for each in load_questions(ROOT / "configs/experiments/claims.yaml")
         if each.experiment in measured
     }
@@ -92,12 +94,16 @@ def shown(row: pd.Series, prefix: str = "", digits: int = 2) -> str:
     return with_interval(*[row[f"{prefix}{name}"] for name in ("difference", "low", "high")], digits=digits)
 
 
-def test_table_of_the_readme_matches_the_records(scores):
+def test_tables_of_the_readme_match_the_records(scores):
     page = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results so far")[2]
-    _, _, *table = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
-    assert len(table) >= 5
-    tuned, untouched = (scores[name] for name in ("evidence", "confirmation"))
-    for label, *cells in table:
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    base, tuned, untouched = (scores[name] for name in ("base", "evidence", "confirmation"))
+    assert [row[0] for row in lines[2:6]] == list(base.index) and len(lines) >= 13
+    for label, *cells in lines[2:6]:
+        row = base.loc[label]
+        each = [number(row[task], 1) for task in ("cola", "mrpc", "rte", "sst2", "qnli", "average")]
+        assert cells == [f"{row.parameters:,.0f}", *each, shown(row), shown(row, "t_")], label
+    for label, *cells in lines[8:]:
         row, other = tuned.loc[label], untouched.loc[label] if label in untouched.index else None
         expected = [f"{row.parameters:,.0f}", number(row.average, 1), shown(row), shown(row, "t_")]
         expected += ["–", "–"] if other is None else [number(other.average, 1), shown(other)]
@@ -106,9 +112,13 @@ def test_table_of_the_readme_matches_the_records(scores):
 
 def test_findings_match_the_records(scores):
     page = " ".join((ROOT / "docs/results.md").read_text(encoding="utf-8").split())
-    evidence, confirmation = scores["evidence"], scores["confirmation"]
+    base, evidence, confirmation = scores["base"], scores["evidence"], scores["confirmation"]
     shared = evidence.loc["LoRA² shared"]
     for figure in (
+        f"LoRA² shared has {shown(base.loc['LoRA² shared'])} against LoRA r=8",
+        f"as published {shown(base.loc['LoRA² k=8'])}",
+        f"has {shown(base.loc['AdaLoRA'])}",
+        f"shared {shown(base.loc['LoRA² shared'], 'best_')}, k=8 {shown(base.loc['LoRA² k=8'], 'best_')}",
         f"LoRA² k=8 has {shown(evidence.loc['LoRA² k=8']).replace(' (', ' against LoRA r=8 (')}",
         f"LoRA² shared {shown(shared)}",
         f"{shown(shared, 't_', 1)} on these four tasks",
