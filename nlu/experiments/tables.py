@@ -86,7 +86,7 @@ def score_frame(every: pd.DataFrame, against: Sequence[str] = ()) -> pd.DataFram
         row |= _figures("t_", fitted_difference(fit, label, other, pairs.task.unique()) if known else Estimate())
         row |= _figures("best_", estimate(paired(done.assign(last=done.best), label, other)))
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"parameters": "Int64"})  # exact in as_csv
 
 
 def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
