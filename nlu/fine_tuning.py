@@ -207,6 +207,9 @@ def train_and_evaluate(trainer: GlueTrainer, checkpoint: str | None) -> None:
     if trainer.args.do_train:
         if checkpoint is not None:
             logger.warning("continuing from %s", checkpoint)
+            for name in ("optimizer*", "scheduler.pt", "rng_state*"):  # the Trainer starts these anew without a word
+                if not any(Path(checkpoint).glob(name)):
+                    raise UsageError(f"the checkpoint {checkpoint} has no {name}: delete it")
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         except (UnpicklingError, SafetensorError, FileNotFoundError) as error:  # damaged, or from an older version

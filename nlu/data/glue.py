@@ -11,6 +11,7 @@ from nlu.tasks import Task
 
 HUB_DATASET, _HUB_COMMIT = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_FIVE = "[0-9]" * 5
 _HIDDEN = (-1, "-1", "-1.0")  # the labels of test sets that hide them
 _FLOAT32_MAX = 3.4028234e38
 
@@ -106,13 +107,19 @@ def split_files(task: Task, split: str, glue_dir: str | Path) -> list[Path]:
     The places, in this order: `<task>/<split>` with a suffix .jsonl, .json, .parquet or .csv, one file or the hub's
     shards (`<split>-00000-of-00002.parquet`); then the official release's file under `<task>/` or its own folder names.
     The loader reads them, and a run's digests identify them by content.
+
+    Raises:
+        UsageError: if a shard is missing, or there is one too many.
     """
     folder = Path(glue_dir) / task.name
     for suffix in _SUFFIXES:
         path = folder / f"{split}{suffix}"
-        paths = [path] if path.is_file() else sorted(folder.glob(f"{split}-*-of-*{suffix}"))
-        if paths:
-            return paths
+        if path.is_file():
+            return [path]
+        if shards := sorted(folder.glob(f"{split}-{_FIVE}-of-{_FIVE}{suffix}")):
+            if {int(shard.stem[-5:]) for shard in shards} != {len(shards)}:
+                raise UsageError(f"{folder}: {split} has {len(shards)} file(s) and not those of {shards[0].name}")
+            return shards
     return [path for path in _official_files(task, split, glue_dir) if path.is_file()][:1]
 
 

@@ -88,9 +88,9 @@ def write_report(measured: Path, output: Path, claims: Path) -> None:
             frames.setdefault(kind, []).append(frame)
     if open_questions:
         parts += ["## Open questions\n", *open_questions, ""]
-    for old in set(re.findall(r"\((figures/[^/)]+)\)", earlier)) - {*files}:
-        (output / old).unlink(missing_ok=True)
     files |= {f"tables/{kind}.csv": as_csv(pd.concat(each)).encode() for kind, each in frames.items()}
+    for old in set(re.findall(r"\(((?:figures|tables)/[^/)]+)\)", earlier)) - {*files}:
+        (output / old).unlink(missing_ok=True)
     for name, content in files.items():
         write_bytes(output / name, content)
     write_text(page, "\n".join([GENERATED, "# Measured results\n", INTRODUCTION, *parts, NOTES]))

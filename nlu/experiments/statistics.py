@@ -29,7 +29,7 @@ EXPECTED = {"higher": (0.0, np.inf), "not lower": (-LEVEL, np.inf), "level": (-L
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
 _NAMES = [
     "run", "status", "task", "method", "label", "seed", "axes", "arguments", "model", "processor", "module_ranks",
-    "data", "settings", "steps_at", "scores", "losses",
+    "data", "settings", "tested", "steps_at", "scores", "losses",
 ]  # fmt: skip
 _FIGURES = [
     "adapter_params", "best", "constant_loss", "delta_norm", "last", "live_adapter_params", "loss", "lowest_loss",
@@ -65,11 +65,11 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     Columns added to those of the lines: `steps_at`, `scores` (the task's metric in percent) and `losses`, each a list
     over the evaluations; `last` and `loss`, of the final weights (with --load_best_model_at_end the best checkpoint's);
     `best` and `lowest_loss`; `mismatched_accuracy`, on MNLI's mismatched set; `test`, on a labelled test set;
-    `training_loss_end`, the mean over the last tenth of the steps; `data`, which data files were read; `settings`, what
-    the runs of one mean must have in common; `held_out`, whether a run was scored on held-out rows of the training set,
-    to choose a setting; `failed`, whether a run ended early or learned nothing: its mean training loss over the last
-    tenth of the steps exceeds 0.95 of the loss of the best constant answer (old records without training loss: no
-    evaluation's loss is below 0.99 of it).
+    `training_loss_end`, the mean over the last tenth of the steps; `data` and `tested`, which data files and test rows
+    were read; `settings`, what the runs of one mean must have in common; `held_out`, whether a run was scored on
+    held-out rows of the training set, to choose a setting; `failed`, whether a run ended early or learned nothing: its
+    mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best constant answer (old
+    records without training loss: no evaluation's loss is below 0.99 of it).
     If runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
@@ -96,6 +96,7 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         "processor": line.get("machine", {}).get("cpu", ""),
         "training_loss_end": np.mean(line["training_loss"][-2:]) if line.get("training_loss") else np.nan,
         "data": json.dumps(data),
+        "tested": json.dumps([digests.get("test_file"), line["arguments"].get("max_predict_samples")]),
         "settings": kept
         | {name: line.get(name) for name in ("effective_batch_size", "model_commit")}
         | {"contents": checksum},
@@ -170,8 +171,15 @@ def finished(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def scored_on_test(runs: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
-    """The runs with the test score in place of `last` on these tasks; `validation` keeps the last evaluation's."""
+    """The runs with the test score in place of `last` on these tasks; `validation` keeps the last evaluation's.
+
+    Raises:
+        UsageError: if the runs of a task were not scored on the same test rows.
+    """
     there = runs.task.isin(tasks)
+    for task, own in runs[there & runs.test.notna()].groupby("task"):
+        if own.tested.nunique() > 1:
+            raise UsageError(f"{task}: the runs have test scores of different rows (test_file, max_predict_samples)")
     scores = runs["last"].mask(there, runs.test)
     return runs.assign(validation=runs["last"].where(there), last=scores, test=runs.test.mask(there))
 

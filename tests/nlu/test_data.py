@@ -280,3 +280,12 @@ def test_a_split_is_read_from_the_first_place_that_has_it(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.touch()
         assert split_files(TASKS["cola"], "train", tmp_path) == [path]
+
+
+@pytest.mark.parametrize("names", [["00001-of-00002"], ["00000-of-00001", "00001-of-00002"]])
+def test_split_without_all_its_shards_is_refused(tmp_path, names):
+    (tmp_path / "rte").mkdir()
+    for name in names:
+        (tmp_path / f"rte/train-{name}.jsonl").touch()
+    with pytest.raises(UsageError, match=rf"train has {len(names)} file\(s\) and not those of train-{names[0]}"):
+        split_files(TASKS["rte"], "train", tmp_path)

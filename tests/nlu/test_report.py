@@ -75,6 +75,7 @@ def test_question_has_no_table_before_its_last_run_has_ended_and_failed_ones_wer
     for more, shown in (([], True), ([lines[0] | {"run": "next", "seed": 4}], False)):  # another seed has begun
         make([*lines[:-1], lost, again, *more], questions={"questions": [question]})
         assert ("| LoRA² k=8 |" in (tmp_path / "README.md").read_text()) == shown
+        assert (tmp_path / "tables/scores.csv").exists() == shown
 
 
 def test_question_whose_runs_have_all_failed_is_open(make, tmp_path):
@@ -123,6 +124,9 @@ def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
     row = scores(tmp_path).set_index("row").loc["LoRA² k=8"]
     assert [row[name] for name in ("mrpc", "mrpc_validation", "difference")] == pytest.approx([76.5, 90, 5])
     assert "MRPC validation" in (tmp_path / "README.md").read_text()
+    lines[0]["arguments"] = {"max_predict_samples": 10}
+    code, _, said = make(lines, questions={"questions": [question]})
+    assert code == 2 and "mrpc: the runs have test scores of different rows" in said
     del lines[0]["test_scores"]
     make(lines, questions={"questions": [question]})
     assert "Measured so far: 3 of 4 runs" in (tmp_path / "README.md").read_text()
