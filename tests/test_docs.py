@@ -81,13 +81,12 @@ def test_links_exist_and_code_compiles(page):
 def scores() -> dict[str, pd.DataFrame]:
     """Experiment → the scores of its committed records, by row."""
     measured = load_measured(ROOT / "results/measured")
-    return {
-        each.experiment: score_frame(scored_on_test(measured[each.experiment], each.test), each.against).set_index(
-            "row"
-        )
-        for each in load_questions(ROOT / "configs/experiments/claims.yaml")
-        if each.experiment in measured
-    }
+    found = {}
+    for each in load_questions(ROOT / "configs/experiments/claims.yaml"):
+        if each.experiment in measured:
+            runs = scored_on_test(measured[each.experiment], each.test)
+            found[each.experiment] = score_frame(runs, each.against).set_index("row")
+    return found
 
 
 def shown(row: pd.Series, prefix: str = "", digits: int = 2) -> str:
