@@ -205,12 +205,16 @@ def class_weights(arguments: Arguments, task: Task, labels: np.ndarray | None) -
 def train_and_evaluate(trainer: GlueTrainer, checkpoint: str | None) -> None:
     """Train from the checkpoint, or from scratch without one, and evaluate the final weights if not yet done."""
     if trainer.args.do_train:
-        if checkpoint is not None:
-            logger.warning("continuing from %s", checkpoint)
-            for name in ("optimizer*", "scheduler.pt", "rng_state*"):  # the Trainer starts these anew without a word
-                if not any(Path(checkpoint).glob(name)):
-                    raise UsageError(f"the checkpoint {checkpoint} has no {name}: delete it")
         try:
+            if checkpoint is not None:
+                logger.warning("continuing from %s", checkpoint)
+                for name in (
+                    "optimizer*",
+                    "scheduler.pt",
+                    "rng_state*",
+                ):  # the Trainer starts these anew without a word
+                    if not any(Path(checkpoint).glob(name)):
+                        raise FileNotFoundError(f"it has no {name}")
             trainer.train(resume_from_checkpoint=checkpoint)
         except (UnpicklingError, SafetensorError, FileNotFoundError) as error:  # damaged, or from an older version
             raise UsageError(f"the checkpoint {checkpoint} cannot be read ({reason(error, 100)}): delete it") from None

@@ -152,7 +152,7 @@ def test_leftovers_of_a_killed_run_are_removed_and_a_damaged_checkpoint_named(fl
         assert main(flags) == 2
         assert f"checkpoint {weights.parent} cannot be read" in error_line(capsys)
     (weights.parent / "scheduler.pt").unlink()
-    assert main(flags) == 2 and "has no scheduler.pt: delete it" in error_line(capsys)
+    assert main(flags) == 2 and "cannot be read (it has no scheduler.pt): delete it" in error_line(capsys)
     shutil.rmtree(run_folder / "model" / "checkpoint-4")  # as advised: the previous one is used
     assert main(flags) == 0
     assert not list(run_folder.glob(".results.json.*")) and not list((run_folder / "model").glob(".*"))
