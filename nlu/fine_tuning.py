@@ -208,11 +208,8 @@ def train_and_evaluate(trainer: GlueTrainer, checkpoint: str | None) -> None:
         try:
             if checkpoint is not None:
                 logger.warning("continuing from %s", checkpoint)
-                for name in (
-                    "optimizer*",
-                    "scheduler.pt",
-                    "rng_state*",
-                ):  # the Trainer starts these anew without a word
+                # What is missing the Trainer starts anew, without a word.
+                for name in ("optimizer*", "scheduler.pt", "rng_state*"):
                     if not any(Path(checkpoint).glob(name)):
                         raise FileNotFoundError(f"it has no {name}")
             trainer.train(resume_from_checkpoint=checkpoint)
