@@ -114,7 +114,7 @@ def flag_values(words: list[str]) -> dict[str, Any]:
 
 def _chosen_rates(tuning: Experiment, lines: list[dict[str, Any]], labels: dict[str, str]) -> dict[str, float]:
     """Method → the learning rate that its tuning chose; prints the methods without one, which get no final runs."""
-    from nlu.experiments.comparison import chosen_rates
+    from nlu.experiments.tuning import chosen_rates
 
     of_label, ended = chosen_rates(lines), {line["run"] for line in lines}
     waiting = {run.axes["method"] for run in tuning.runs if run.name not in ended}

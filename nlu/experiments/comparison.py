@@ -10,14 +10,9 @@ import pandas as pd
 
 from nlu.experiments.figures import draw
 from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, paired, seeds_for
-from nlu.experiments.tables import NONE, as_csv, markdown, number, score_frame, score_text, tuning_frame, tuning_runs
+from nlu.experiments.tables import NONE, as_csv, markdown, number, score_frame, score_text
+from nlu.experiments.tuning import tuning_runs
 from nlu.runs.files import write_bytes, write_text
-
-
-def chosen_rates(tuning: list[dict[str, Any]]) -> dict[str, float]:
-    """Label → the learning rate chosen by its tuning runs; a label whose runs have no score is left out."""
-    table = tuning_frame(as_frame(tuning))
-    return dict(table[table.chosen].set_index("row").value) if len(table) else {}
 
 
 def write_comparison(

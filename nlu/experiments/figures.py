@@ -62,7 +62,7 @@ def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> lis
 
     Args:
         every: all runs of an experiment. scores: those of the finished runs, see `tables.score_frame`.
-        tuning: the runs that tried learning rates, see `tables.tuning_runs`.
+        tuning: the runs that tried learning rates, see `tuning.tuning_runs`.
     """
     final = finished(every)
     with matplotlib.rc_context(STYLE):

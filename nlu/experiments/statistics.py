@@ -319,25 +319,3 @@ def seeds_for(points: float, pairs: pd.DataFrame) -> int | None:
         if stats.t.ppf([0.975, 0.8], freedom).sum() * error <= points:
             return n
     return None
-
-
-def choose_rates(runs: pd.DataFrame) -> pd.DataFrame:
-    """One learning rate for each row, the same for all tasks: the one with the highest mean z-score over tasks.
-
-    Args:
-        runs: the tuning runs; the column `value` is the learning rate, and `row` the label without it.
-
-    Returns:
-        For each row and value: `z`, its mean over tasks (NaN without a score on one of them); `failed`, whether a run
-        with it failed on any task; `barred`, whether a run failed with this or the next higher value; `chosen`: a
-        barred value only if all are.
-    """
-    scores = runs.groupby("task")["last"]
-    means, deviations = scores.transform("mean"), scores.transform("std")
-    z = (runs["last"] - means) / deviations.where(deviations > 0, 1.0)  # equal scores all get z = 0
-    by_task = runs.assign(z=z).groupby(["row", "value", "task"]).agg({"z": "mean", "failed": "any"})
-    every = {"z": lambda each: each.mean(skipna=False), "failed": "any"}
-    table = by_task.groupby(["row", "value"]).agg(every).reset_index()
-    table["barred"] = table.failed | table.groupby("row").failed.shift(-1, fill_value=False).astype(bool)
-    best_first = table.dropna(subset="z").sort_values(["barred", "z"], ascending=[True, False])
-    return table.assign(chosen=table.index.isin(best_first.drop_duplicates("row").index))

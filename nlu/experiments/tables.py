@@ -18,7 +18,6 @@ from nlu.command_line import DEFAULTS
 from nlu.experiments.claims import Question
 from nlu.experiments.statistics import (
     Estimate,
-    choose_rates,
     estimate,
     finished,
     fitted_difference,
@@ -122,28 +121,6 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
     names = ["Λ", "‖ΔW‖", "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
     processors = grouped.processor.agg(lambda each: ", ".join(sorted({*each} - {""})))
     return grouped[names].mean().assign(processors=processors).reset_index()
-
-
-def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
-    """The runs of a grid with a learning rate as an axis, with `row`, the label without it, and `value`, the rate."""
-    grid = every[every["axes"].map(lambda axes: "learning_rate" in axes).astype(bool)]
-    rows = [
-        ", ".join(part for part in label.split(", ") if part not in (rate, f"learning_rate={rate}"))
-        for label, rate in zip(grid.label, (axes["learning_rate"] for axes in grid["axes"]), strict=True)
-    ]
-    return grid.assign(row=rows, value=[float(arguments["learning_rate"]) for arguments in grid.arguments])
-
-
-def tuning_frame(every: pd.DataFrame) -> pd.DataFrame:
-    """What tuning tried on held-out rows: for each row and rate the mean score on each task, and the choice, see
-    :func:`choose_rates`.
-    """
-    rates = tuning_runs(every)
-    rates = rates[rates.held_out]
-    if not len(rates):
-        return pd.DataFrame()
-    scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)
-    return choose_rates(rates).merge(scores.reset_index(), "left", on=["row", "value"])
 
 
 def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
@@ -252,17 +229,6 @@ def _verdict(claim: Any, against: str) -> str:
     p = "< 0.001" if claim.p_holm < 0.001 else number(claim.p_holm, 3)
     gain = f"; paper {number(claim.published, sign=True)}" if not pd.isna(claim.published) else ""
     return f"{claim.expected}{other}: {claim.verdict} (p {p}{gain})"
-
-
-def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
-    """The printed form of :func:`tuning_frame` for a grid of learning rates."""
-    tasks = frame.columns[frame.columns.get_loc("chosen") + 1 :]
-    marks = ["chosen" if row.chosen else "barred" if row.barred else "" for row in frame.itertuples()]
-    return pd.DataFrame(
-        {"method": frame.row, "learning rate": frame.value.map("{:g}".format)}
-        | {HEADINGS.get(task, task): frame[task].map(lambda score: number(score, 1)) for task in tasks}
-        | {"mean z-score": frame.z.map(lambda z: number(z, sign=True)), "": marks}
-    )
 
 
 def as_csv(frame: pd.DataFrame) -> str:

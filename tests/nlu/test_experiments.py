@@ -9,7 +9,7 @@ from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment, portable
 from nlu.experiments.records import label_of, read_lines
 from nlu.experiments.statistics import load_measured
-from nlu.experiments.tables import tuning_frame
+from nlu.experiments.tuning import tuning_frame
 from nlu.json_yaml import parse_yaml, read_json
 from tests.nlu.sweeps import BASIC
 

@@ -11,7 +11,8 @@ from nlu import report
 from nlu.experiments.comparison import advice, answer
 from nlu.experiments.figures import Drawing, draw
 from nlu.experiments.statistics import as_frame
-from nlu.experiments.tables import score_frame, tuning_runs
+from nlu.experiments.tables import score_frame
+from nlu.experiments.tuning import tuning_runs
 from tests.nlu.measured_lines import QUESTIONS, line, trial, write
 
 
