@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import loralib
-from loralib.recipes.trainer import LowRankTrainerMixin
+from loralib.recipes.trainer_mixin import LowRankTrainerMixin
 
 
 class MyTrainer(LowRankTrainerMixin, Trainer):

@@ -1,4 +1,4 @@
-"""Regulariser and rank allocation in any training loop. For transformers' Trainer see loralib.recipes.trainer.
+"""Regulariser and rank allocation in any training loop. For transformers' Trainer see loralib.recipes.trainer_mixin.
 
 A plain loop calls the model's optimiser through ``step``::
 

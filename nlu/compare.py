@@ -24,7 +24,7 @@ from nlu.command_line import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, program
 from nlu.experiments.experiment import Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
-from nlu.experiments.records import label_of, read_lines, settings_of
+from nlu.experiments.lines import label_of, read_lines, settings_of
 from nlu.experiments.sweep_loop import Sweep
 
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune

@@ -19,21 +19,20 @@ from transformers import set_seed
 from nlu.arguments import Arguments
 from nlu.command_line import fit_schedule
 from nlu.data.batching import planned_steps
-from nlu.data.predictions import predict_splits
+from nlu.data.prediction_files import predict_splits
 from nlu.data.splits import Data, description_lines, reorder_labels, tokenize
 from nlu.errors import UsageError, reason
-from nlu.experiments.records import publish_run
-from nlu.fast.sharding import without_accelerate_fsdp
+from nlu.experiments.lines import publish_run
 from nlu.methods.registry import METHODS, apply_without_weights
 from nlu.metrics import constant_loss
 from nlu.model import limit_length, load_config, load_model, set_precision, without_weights
-from nlu.runs.adapter import save_run_adapter, start_from_adapter, upload_adapter
 from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.folder import RunFolder
 from nlu.runs.identity import PLACES, changes, content_digests
 from nlu.runs.log import log_to, say
-from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all
+from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all, without_accelerate_fsdp
 from nlu.runs.record import RunRecord, say_outcome, say_start
+from nlu.runs.saved_adapter import save_run_adapter, start_from_adapter, upload_adapter
 from nlu.tasks import Task
 from nlu.trainer import GlueTrainer, trainer_arguments
 

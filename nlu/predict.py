@@ -45,7 +45,9 @@ def main(words: Sequence[str]) -> None:
         reader = Reader(stream, name, arguments.input_format or form, encoding=arguments.encoding)
         from tqdm import tqdm
 
-        from nlu.predictor import load_predictor  # imported here so that a bad file is refused before libraries load
+        from nlu.trained_model import (
+            load_predictor,  # imported here so that a bad file is refused before libraries load
+        )
 
         predictor = load_predictor(arguments)
         keep = reader.kind in ("csv", "tsv") if arguments.keep_columns is None else arguments.keep_columns

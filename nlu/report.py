@@ -1,4 +1,6 @@
-"""Make tables and figures of measured runs, each under the question that it answers.
+"""Make tables and figures of runs that have ended, each under the question that it answers.
+
+To follow a run in TensorBoard, Weights & Biases or trackio, give run_glue.py --report_to instead.
 
     python nlu/report.py                                    # output/measured → output/README.md, tables/, figures/
     python nlu/report.py --measured_dir results/measured    # the repository's own records → results/

@@ -28,10 +28,10 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from loralib.recipes.trainer import LowRankTrainerMixin
+from loralib.recipes.trainer_mixin import LowRankTrainerMixin
 from nlu.arguments import Arguments
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size
-from nlu.data.predictions import to_labels
+from nlu.data.prediction_files import to_labels
 from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.methods.registry import METHODS

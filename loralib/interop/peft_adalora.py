@@ -1,4 +1,4 @@
-"""Train peft's AdaLoRA in a loop, or in a Trainer with the mix-in of :mod:`loralib.recipes.trainer`:
+"""Train peft's AdaLoRA in a loop, or in a Trainer with the mix-in of :mod:`loralib.recipes.trainer_mixin`:
 
     trainer = MyTrainer(model=peft_model, low_rank=AdaLoraTraining(peft_model), args=args, train_dataset=rows)
 

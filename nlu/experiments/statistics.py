@@ -15,7 +15,7 @@ from scipy import stats
 
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
-from nlu.experiments.records import read_lines
+from nlu.experiments.lines import read_lines
 from nlu.methods.registry import METHODS
 from nlu.runs.identity import FREE, PREDICTING
 from nlu.tasks import TASKS

@@ -15,7 +15,7 @@ from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run, portable
 from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLauncher
-from nlu.experiments.records import measured_line, read_lines, write_line
+from nlu.experiments.lines import measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.files import locked
 from nlu.runs.identity import FREE, changes, content_digests

@@ -1,8 +1,7 @@
 """Techniques that make a training step cheaper; ``speed_up`` applies them. Apart from rounding, results differ only in
 the dropout masks, and in rows that hold nothing but padding.
 
-The first lines of each file say what it gains. ``speed_up`` does not apply ``sharding.py``, which saves memory when
-several processes train: the launcher switches it on.
+The first lines of each file say what it gains.
 """
 
 from torch import nn

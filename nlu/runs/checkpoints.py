@@ -1,8 +1,8 @@
-"""Checkpoints of a run: their contents, how they are written completely or not at all, and what a resume restores.
+"""Writes a run's checkpoints completely or not at all, and restores what a resumed Trainer forgets.
 
-A folder ``model/checkpoint-STEP`` holds ``trained.safetensors`` and ``low_rank.pt`` (see loralib/recipes/trainer.py)
-and the Trainer's own files. Its ``trainer_state.json`` also has the running loss and the training time. The Trainer
-writes the folder in ``model/.unfinished/``; it is moved to its place when it is complete.
+What the files of a checkpoint hold is decided in :mod:`loralib.recipes.trainer_mixin` (``trained.safetensors``,
+``low_rank.pt``) and by the Trainer. Here the running loss and the training time are added to ``trainer_state.json``.
+The Trainer writes ``model/checkpoint-STEP`` in ``model/.unfinished/``; it moves to its place when it is complete.
 """
 
 from __future__ import annotations

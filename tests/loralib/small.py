@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import loralib
-from loralib.recipes.trainer import LowRankTrainerMixin
+from loralib.recipes.trainer_mixin import LowRankTrainerMixin
 from tests.nlu.tiny import SIZES
 
 INPUTS = torch.arange(18, dtype=torch.float64).view(3, 6).cos().float()

@@ -12,7 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import loralib
 from loralib.recipes.exact_factors import ExactFactors
-from loralib.recipes.trainer import STATE_FILE, TRAINED_FILE
+from loralib.recipes.trainer_mixin import STATE_FILE, TRAINED_FILE
 from tests.loralib.small import LowRankTrainer, encoder, trainable, training_arguments
 
 STEPS = 8

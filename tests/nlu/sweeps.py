@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nlu.command_line import parse_arguments
 from nlu.experiments.launchers import LocalLauncher
-from nlu.experiments.records import read_lines
+from nlu.experiments.lines import read_lines
 from nlu.runs.identity import content_digests
 
 BASIC = {

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from nlu import compare
 from nlu.experiments.figures import Drawing
-from nlu.experiments.records import read_lines
+from nlu.experiments.lines import read_lines
 from tests.nlu import sweeps
 from tests.nlu.tiny import DEBERTA_BASE, make_encoder
 

@@ -7,7 +7,7 @@ from nlu import ROOT, sweep
 from nlu.command_line import DEFAULTS, method_file
 from nlu.experiments.claims import load_questions
 from nlu.experiments.experiment import load_experiment, portable
-from nlu.experiments.records import label_of, read_lines
+from nlu.experiments.lines import label_of, read_lines
 from nlu.experiments.statistics import load_measured
 from nlu.experiments.tuning import tuning_frame
 from nlu.json_yaml import parse_yaml, read_json

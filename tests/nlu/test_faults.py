@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from loralib.recipes import trainer as mixin
+from loralib.recipes import trainer_mixin as mixin
 from nlu.data import splits
-from nlu.experiments.records import read_lines
+from nlu.experiments.lines import read_lines
 from nlu.run_glue import main
 from nlu.runs import record
 from nlu.runs.checkpoints import last_checkpoint

@@ -19,7 +19,7 @@ from nlu import predict, run_glue
 from nlu.data.file_formats import Row
 from nlu.errors import UsageError
 from nlu.predict import main
-from nlu.predictor import Predictor, _text_columns
+from nlu.trained_model import Predictor, _text_columns
 from tests.nlu.tiny import changed, make_rows, read, write_rows
 
 ROWS = [{name: row[name] for name in ("a", "b")} for row in make_rows(("a", "b"), True, 40, 0)]

@@ -8,7 +8,7 @@ import pytest
 from transformers import BertTokenizerFast
 
 from nlu.command_line import parse_arguments
-from nlu.data.predictions import write_predictions
+from nlu.data.prediction_files import write_predictions
 from nlu.data.splits import Data, description_lines, load_data, reorder_labels, tokenize
 from nlu.errors import UsageError
 from nlu.metrics import compute_glue_metrics

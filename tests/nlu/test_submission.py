@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score
 
 from nlu import run_glue, submission
-from nlu.data.predictions import draw_confusion, write_predictions
+from nlu.data.prediction_files import draw_confusion, write_predictions
 from nlu.errors import UsageError
 from nlu.submission import find_predictions, main
 from nlu.tasks import TASKS, Task

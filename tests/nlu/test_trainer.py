@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler
 from transformers import Trainer
 
 from loralib import lora_layers
-from loralib.recipes.trainer import LowRankTrainerMixin
+from loralib.recipes.trainer_mixin import LowRankTrainerMixin
 from nlu import ROOT
 from nlu.command_line import parse_arguments
 from nlu.data.batching import SeededRandomSampler

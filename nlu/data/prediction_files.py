@@ -1,4 +1,4 @@
-"""Writes a run's predictions, test sets in the form that the GLUE server wants, and a report on each class."""
+"""Writes the files of a run's predictions: test sets in the GLUE server's form, and a report on each class."""
 
 from __future__ import annotations
 

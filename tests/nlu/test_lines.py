@@ -12,7 +12,7 @@ from torch.nn import functional
 import loralib
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run, portable
-from nlu.experiments.records import measured_line, publish_run, read_lines, training_losses, write_line
+from nlu.experiments.lines import measured_line, publish_run, read_lines, training_losses, write_line
 from nlu.metrics import constant_loss
 from nlu.tasks import TASKS
 from tests.nlu.measured_lines import line

@@ -1,4 +1,4 @@
-"""The adapter that a run writes, and the adapter that a run may start from."""
+"""Saves and uploads the adapter that a run has trained, and starts a run from a saved one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained adapter on its base, or a merged checkpoint, as a function from rows of text to probabilities."""
+"""Loads a trained adapter on its base, or a merged checkpoint, as a function from rows of text to probabilities."""
 
 from __future__ import annotations
 
