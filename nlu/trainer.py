@@ -71,6 +71,7 @@ class StepClock(TrainerCallback):
         self.before, self._since = self.seconds, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.step_losses = torch.zeros(state.max_steps, device=args.device)
         if state.global_step:
             self.trainer.restore_progress()
 
@@ -106,6 +107,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.arguments, self.task, self.applied, self.splits = arguments, task, applied, splits
         self.validation = [splits[split] for split in task.validation_splits if split in splits]
         self.clock = StepClock(self)
+        self.step_losses = torch.zeros(0)  # of this process, on the device
+        self.mean_losses: list[float] = []  # of all processes, when they last met
         self.stop_request = StopRequest()
         callbacks: list[TrainerCallback] = [ProgressLines(task.metric)]
         patience, threshold = arguments.early_stopping_patience, arguments.early_stopping_threshold
@@ -160,6 +163,23 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
                 label_smoothing=self.args.label_smoothing_factor if training else 0.0,
             )
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the Trainer's; the step's loss, a sum over the batches it accumulates, stays on the device."""
+        loss = super().training_step(*args, **kwargs)
+        self.step_losses[self.state.global_step] += loss
+        return loss
+
+    def gather_losses(self) -> list[float]:
+        """The loss of each step so far, the mean over the processes. All of them must call this; it waits for the GPU."""
+        every = self.accelerator.gather(self.step_losses[None, : self.state.global_step])
+        self.mean_losses = every.mean(0).tolist()
+        return self.mean_losses
+
+    def training_losses(self) -> list[float] | None:
+        """The mean loss in each twentieth of the steps, whatever was logged; the last two are the last tenth of them."""
+        parts = np.array_split(self.mean_losses, min(20, len(self.mean_losses)) or 1)
+        return [float(f"{part.mean():.6g}") for part in parts] if self.mean_losses else None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -239,6 +259,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         """
         with self.stop_request.awaited():
             result = super().train(resume_from_checkpoint, **kwargs)
+            self.gather_losses()
             if not self.args.load_best_model_at_end:  # the model holds the best step's weights then
                 self._save_checkpoint(self.model, None)  # a run that stops while it predicts need not train again
             signum = self.stop_request.agreed()  # it came after the last step

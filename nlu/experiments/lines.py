@@ -11,8 +11,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError, one_line
 from nlu.experiments.experiment import Run, portable
@@ -61,7 +59,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "arguments": own,
         "evaluations": evaluations,
         **{name: record.get(name) for name in COPIED},
-        "training_loss": training_losses(record),
+        "training_loss": record.get("training_loss"),
         "delta_norm": norms[-1] if norms else None,  # ‖ΔW‖_F at the end, the mean over the adapted layers
     }
     # The name, by which the line is found again, stays as it is.
@@ -89,19 +87,6 @@ def _method_name(name: str, base: str) -> str:
 def settings_of(spec: str) -> list[str]:
     """NAME:flag=value:… split into the name and the settings; a value may contain a colon (match:lora)."""
     return re.split(r":(?=[\w-]+=)", spec)
-
-
-def training_losses(record: dict[str, Any]) -> list[float] | None:
-    """The mean training loss in each twentieth of the steps; the last two are the last tenth of them.
-
-    An entry of the history is the mean over the steps since the previous entry.
-    """
-    logged = [(entry["step"], entry["loss"]) for entry in record.get("history") or [] if entry.get("loss") is not None]
-    if not logged:
-        return None
-    steps, losses = zip(*logged, strict=True)
-    by_step = np.repeat(losses, np.diff(steps, prepend=0))
-    return [float(f"{part.mean():.6g}") for part in np.array_split(by_step, min(20, len(by_step)))]
 
 
 # ---- the file --------------------------------------------------------------------------------------------------------

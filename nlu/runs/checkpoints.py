@@ -1,7 +1,7 @@
 """Writes a run's checkpoints completely or not at all, and restores what a resumed Trainer forgets.
 
 What the files of a checkpoint hold is decided in :mod:`loralib.recipes.trainer_mixin` (``trained.safetensors``,
-``low_rank.pt``) and by the Trainer. Here the running loss and the training time are added to ``trainer_state.json``.
+``low_rank.pt``) and by the Trainer. Here the losses and the training time are added to ``trainer_state.json``.
 The Trainer writes ``model/checkpoint-STEP`` in ``model/.unfinished/``; it moves to its place when it is complete.
 """
 
@@ -34,6 +34,7 @@ class WholeCheckpoints:
     """The first base class of GlueTrainer: it writes each checkpoint completely or not at all."""
 
     clock: Any  # the trainer's StepClock
+    step_losses: Any  # of this process, on the device
 
     def _get_output_dir(self, trial: Any) -> str:
         """Overridden so that the Trainer writes checkpoints in a folder apart from the complete ones."""
@@ -53,6 +54,7 @@ class WholeCheckpoints:
         self.check_finite()
         progress = {
             "train_seconds": self.clock.seconds,
+            "step_losses": self.gather_losses(),
             "unlogged_loss": self.accelerator.gather(self._tr_loss.detach().reshape(1)).tolist(),  # one per process
             "logged_loss": self._total_loss_scalar,
             "last_logged_step": self._globalstep_last_logged,
@@ -82,6 +84,10 @@ class WholeCheckpoints:
     def restore_progress(self) -> None:
         """Restore what a resumed Trainer does not: running loss, training time, early stopping and the best path."""
         progress = self.state.stateful_callbacks[_PROGRESS]["attributes"]
+        steps = self.state.global_step
+        if len(progress.get("step_losses", ())) != steps:
+            raise FileNotFoundError("it has no losses of its steps")
+        self.step_losses[:steps] = torch.tensor(progress["step_losses"])
         losses = progress["unlogged_loss"]
         same = len(losses) == self.args.world_size
         self._tr_loss += losses[self.args.process_index] if same else sum(losses) / len(losses)

@@ -76,6 +76,7 @@ class RunRecord(TrainerCallback):
             "evaluations": evaluations,
             **self.progress(),
             "rate_sum": None if status == "running" else _rate_sum(self.trainer),  # it calls the schedule at every step
+            "training_loss": self.trainer.training_losses(),
             "history": self.history(),
         })  # fmt: skip
         if is_first():

@@ -12,7 +12,7 @@ from torch.nn import functional
 import loralib
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Run, portable
-from nlu.experiments.lines import measured_line, publish_run, read_lines, training_losses, write_line
+from nlu.experiments.lines import measured_line, publish_run, read_lines, write_line
 from nlu.metrics import constant_loss
 from nlu.tasks import TASKS
 from tests.nlu.measured_lines import line
@@ -44,14 +44,6 @@ def test_measured_line_has_the_results_of_a_real_run(finished):
     labels = finished[3].train_dataset["labels"][:]
     assert made["constant_loss"] == pytest.approx(entropy(np.bincount(labels)))
     assert made["machine"]["cpu"]
-
-
-def test_training_losses_are_means_over_equal_parts_of_the_steps():
-    history = [{"step": step, "loss": float(step)} for step in range(10, 401, 10)]
-    parts = training_losses({"history": history})
-    assert len(parts) == 20 and parts[:2] == [15.0, 35.0]
-    assert np.mean(parts[-2:]) == np.mean([370, 380, 390, 400])  # the last tenth of 400 steps
-    assert training_losses({"history": history[:1]}) == [10.0] * 10
 
 
 @pytest.mark.parametrize("weights", [None, [0.5, 3.0, 1.5]])

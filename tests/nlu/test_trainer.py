@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -68,7 +69,28 @@ def test_time_of_steps_excludes_evaluations_and_checkpoints(base_flags, monkeypa
     waited = 0.5 * len({*range(logging_steps, 7, logging_steps), 2, 3, 4, 6})  # logged, evaluated at 3, saved at 2
     assert record["train_seconds"] == 6 + waited and record["seconds_per_step"] == record["train_seconds"] / 6
     assert record["history"][0]["seconds"] == {1: 1.5, 4: 5.5}[logging_steps]
-    assert record["history"][-1]["step"] == 6  # so that the record has the loss of every step
+
+
+ACCUMULATED = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+
+
+@pytest.mark.parametrize("flags", [
+    [], ACCUMULATED, ["--max_steps", "30", "--learning_rate", "1e-12", "--early_stopping_patience", "2"],
+    ["--eval_strategy", "epoch", "--max_steps", "-1", "--num_train_epochs", "4"],
+])  # fmt: skip
+def test_training_loss_is_that_of_the_steps_however_rarely_they_are_logged(base_flags, tmp_path, flags):
+    """The judge is the log of a run that logs each step, cut into twentieths by numpy."""
+    records = []
+    for logged in (["--logging_steps", "1"], ["--logging_steps", "500"], ["--logging_strategy", "no"]):
+        run = [*changed(base_flags, root_output_dir=tmp_path / str(len(records))), "--method", "lora", *flags, *logged]
+        assert main(run) == 0
+        records.append(read(run))
+    losses = [entry["loss"] for entry in records[0]["history"]]
+    assert len(losses) == records[0]["steps"] == (9 if "--early_stopping_patience" in flags else len(losses))
+    expected = [part.mean() for part in np.array_split(losses, min(20, len(losses)))]
+    assert records[0]["training_loss"] == pytest.approx(expected, rel=1e-5)
+    assert records[0]["training_loss"] == records[1]["training_loss"] == records[2]["training_loss"]
+    assert len(records[1]["history"]) <= 1
 
 
 def test_seed_determines_the_initial_values(base_flags):
