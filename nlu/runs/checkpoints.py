@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import EarlyStoppingCallback
@@ -86,7 +87,7 @@ class WholeCheckpoints:
         progress = self.state.stateful_callbacks[_PROGRESS]["attributes"]
         steps = self.state.global_step
         if len(progress.get("step_losses", ())) != steps:
-            raise FileNotFoundError("it has no losses of its steps")
+            raise FileNotFoundError("it lacks the losses of its steps")  # an older version
         self.step_losses[:steps] = torch.tensor(progress["step_losses"])
         losses = progress["unlogged_loss"]
         same = len(losses) == self.args.world_size

@@ -128,6 +128,7 @@ def test_two_processes_equal_one(launch, method, two, flags, tmp_path):
             assert record["evaluations"][-1][key] == pytest.approx(records[0]["evaluations"][-1][key], abs=1e-4)
         for row, expected in zip(record["history"], records[0]["history"], strict=True):
             assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-4)
+        assert record["training_loss"] == pytest.approx([row["loss"] for row in record["history"]], rel=1e-4)
 
 
 @pytest.mark.slow
