@@ -171,13 +171,13 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         return loss
 
     def gather_losses(self) -> list[float]:
-        """The loss of each step so far, the mean over the processes. All of them must call this; it waits for the GPU."""
+        """The loss of each step so far, the mean over the processes, which all must call this. Waits for the GPU."""
         every = self.accelerator.gather(self.step_losses[None, : self.state.global_step])
         self.mean_losses = every.mean(0).tolist()
         return self.mean_losses
 
     def training_losses(self) -> list[float] | None:
-        """The mean loss in each twentieth of the steps, whatever was logged; the last two are the last tenth of them."""
+        """The mean loss in each twentieth of the steps, whatever is logged; the last two are the last tenth."""
         parts = np.array_split(self.mean_losses, min(20, len(self.mean_losses)) or 1)
         return [float(f"{part.mean():.6g}") for part in parts] if self.mean_losses else None
 
