@@ -15,7 +15,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,35 +46,36 @@ def main(words: Sequence[str]) -> int:
         UsageError: anything that the user can correct, before the first run starts.
     """
     args, rest = own_parser().parse_known_args(words)
-    tuning, final = plan(args, flag_values(rest))
-    firsts = {run.axes["method"]: run for run in final.runs if run.axes["seed"] == 1}
+    experiment = plan(args, flag_values(rest))
+    firsts = {run.axes["method"]: run for run in experiment.runs if run.axes["seed"] == 1}
     parsed = {spec: run.parse() for spec, run in firsts.items()}
     # These imports take seconds, so a command with an error is refused before them.
     from nlu.data.splits import load_data
     from nlu.experiments.comparison import write_comparison
     from nlu.experiments.fairness import shape_of, unlike
+    from nlu.experiments.tuning import Tuning
 
-    for experiment in filter(None, (tuning, final)):
-        load_data(experiment.runs[0].parse())  # an error in the data shows now, not in every run
+    tuning = Tuning(experiment) if experiment.tune else None
+    for run in [experiment.runs[0], *(tuning.runs(tuning.grids)[:1] if tuning else ())]:
+        load_data(run.parse())  # an error in the data shows now, not in every run
     shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
     labels = {spec: label_of(run, parsed[spec].method) for spec, run in firsts.items()}
     warnings = unlike(shapes)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     notes = [f"Not alike: {warning}." for warning in warnings]
+    run_all = partial(_run, args, LocalLauncher(args.jobs))
     code, tried = 0, []
     if tuning is not None:
-        code, tried = _run(tuning, args)
-        if code > 1:  # stopped
-            return code
-        rates = _chosen_rates(tuning, tried, labels)
-        notes += _about_rates(tuning, rates, labels)
-        runs = [run for run in final.runs if run.axes["method"] in rates]
-        runs = [replace(run, arguments=run.arguments | {"learning_rate": rates[run.axes["method"]]}) for run in runs]
-        final = replace(final, runs=runs)
-    final_code, lines = _run(final, args)
+        tuned = tuning.find(run_all)
+        if tuned.code > 1:  # stopped
+            return tuned.code
+        notes += [f"Tuning: {line}." for line in tuning.report(tuned, labels)]
+        code, tried, experiment = tuned.code, tuned.lines, tuning.finals(tuned)
+    final_code, found = run_all(experiment)
+    lines = [found[run.name] for run in experiment.runs if run.name in found]
     scales = {label: shapes[spec].scale for spec, label in labels.items()}
-    write_comparison(lines, tried, scales, notes, args.output_dir / final.name)
+    write_comparison(lines, tried, scales, notes, args.output_dir / experiment.name)
     return max(code, final_code)
 
 
@@ -91,7 +92,7 @@ def own_parser() -> argparse.ArgumentParser:
     add("--tune", nargs="?", const="", metavar="RATES",
         help="first choose each method's learning rate by its score on a held-out tenth of the training set, from "
         f"RATES or {RATES} (a method whose file has a rate, such as full: from three around it); these runs are named "
-        "NAME-tuning")  # fmt: skip
+        "NAME_tuning")  # fmt: skip
     add("--name", help="name of the comparison (default: compare-TASK, or compare-FILE for your own data)")
     add("--jobs", type=positive_int, default=1, metavar="N", help="runs at once (1); with more, step times vary more")
     add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")
@@ -112,63 +113,33 @@ def flag_values(words: list[str]) -> dict[str, Any]:
     return values
 
 
-def _chosen_rates(tuning: Experiment, lines: list[dict[str, Any]], labels: dict[str, str]) -> dict[str, float]:
-    """Method → the learning rate that its tuning chose; prints the methods without one, which get no final runs."""
-    from nlu.experiments.tuning import chosen_rates
-
-    of_label, ended = chosen_rates(lines), {line["run"] for line in lines}
-    waiting = {run.axes["method"] for run in tuning.runs if run.name not in ended}
-    chosen = {spec: of_label[label] for spec, label in labels.items() if label in of_label and spec not in waiting}
-    for spec in [spec for spec in labels if spec not in chosen]:
-        print(f"failed: {spec} has no final runs: runs of its tuning have not ended, or all crashed", file=sys.stderr)
-    return chosen
-
-
-def _about_rates(tuning: Experiment, chosen: dict[str, float], labels: dict[str, str]) -> list[str]:
-    """Notes: the chosen rates, and the methods for which a better one may lie beyond those tried."""
-    rates = ", ".join(f"{labels[spec]} {rate:g}" for spec, rate in chosen.items())
-    notes = [f"Learning rates chosen by the held-out score: {rates}."]
-    at_an_end = []
-    for spec, rate in chosen.items():
-        tried = [run.arguments["learning_rate"] for run in tuning.runs if run.axes["method"] == spec]
-        if rate in (min(tried), max(tried)):
-            at_an_end.append(labels[spec])
-    if at_an_end:
-        notes.append(f"{', '.join(at_an_end)}: the chosen rate is an end of those tried; give --tune RATES beyond it.")
-    return notes
-
-
-def _run(experiment: Experiment, args: argparse.Namespace) -> tuple[int, list[dict[str, Any]]]:
-    """Run an experiment; returns its exit code and the lines of its runs that have ended."""
+def _run(
+    args: argparse.Namespace, launcher: LocalLauncher, experiment: Experiment
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Make the runs that are not finished; returns the exit code and the lines."""
     sweep = Sweep(experiment, args.output_dir / "measured", args.output_dir, RUN_GLUE)
-    code, lines = sweep.run(LocalLauncher(args.jobs), args.rerun_changed), read_lines(sweep.measured)
-    return code, [lines[run.name] for run in experiment.runs if run.name in lines]
+    return sweep.run(launcher, args.rerun_changed), read_lines(sweep.measured)
 
 
-def plan(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[Experiment | None, Experiment]:
-    """The tuning (methods × learning rates, scored on held-out rows) and the comparison (methods × seeds).
-
-    Without --tune the tuning is None; with it the comparison's runs have the first rate until it has chosen one.
-    """
+def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
+    """The comparison as an experiment: methods × seeds, and with --tune its section `tune`."""
     specs = {spec: _spec(spec) for spec in args.methods.split(",")}
     data = flags.get("task_name") or re.sub("[^A-Za-z0-9_.-]+", "_", Path(flags.get("train_file", "own")).stem)
     name = args.name or f"compare-{data}"
     usual = {"do_train": True, "do_eval": True}
     if "published" not in flags:
         usual["eval_strategy"] = "steps" if "eval_steps" in flags else "epoch"
-    base = {**usual, **flags}
     grid = {"method": specs, "seed": list(range(1, args.seeds + 1))}
-    if args.tune is None:
-        return None, make_experiment(name, grid, base=base)
-    for flag in ("learning_rate", "holdout_fraction"):
-        if any(flag in values for values in (flags, *specs.values())):
-            raise UsageError(f"--tune sets --{flag} itself: leave it out")
-    held_out = base | {"holdout_fraction": 0.1, "seed": 101}
-    rates = {spec: _rates(args.tune, own["method"]) for spec, own in specs.items()}
-    grids = [{"method": {spec: own}, "learning_rate": rates[spec]} for spec, own in specs.items()]
-    tried = [run for each in grids for run in make_experiment(f"{name}-tuning", each, base=held_out).runs]
-    first = {spec: own | {"learning_rate": rates[spec][0]} for spec, own in specs.items()}
-    return Experiment(f"{name}-tuning", tried), make_experiment(name, grid | {"method": first}, base=base)
+    tune = None
+    if args.tune is not None:
+        for flag in ("learning_rate", "holdout_fraction"):
+            if any(flag in values for values in (flags, *specs.values())):
+                raise UsageError(f"--tune sets --{flag} itself: leave it out")
+        tune = {
+            "learning_rate": {spec: _rates(args.tune, own["method"]) for spec, own in specs.items()},
+            "share_of_steps": 1,
+        }
+    return make_experiment(name, grid, base={**usual, **flags}, tune=tune)
 
 
 def _spec(spec: str) -> dict[str, Any]:

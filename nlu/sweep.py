@@ -25,13 +25,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nlu.arguments import positive_int
 from nlu.errors import OneLineParser, UsageError, program
-from nlu.experiments.experiment import Run, load_experiment
+from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
+from nlu.experiments.lines import read_lines
 from nlu.experiments.sweep_loop import Sweep
 from nlu.json_yaml import parse_yaml
 from nlu.runs.identity import INPUTS
@@ -75,18 +77,45 @@ def main(words: Sequence[str]) -> int:
     # A wrong flag shows now, not after hours; runs that differ only in seed are read once.
     for run in {str(run.arguments | {"seed": None}): run for run in experiment.runs}.values():
         run.parse()
-    sweep = Sweep(experiment, args.measured_dir, args.output_dir, args.command)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
+    run_all = partial(_show, args) if args.dry_run else partial(_run, args, _launcher(args, experiment.name))
+    code, finals = 0, experiment
+    if any(run.rates for run in experiment.runs):
+        from nlu.experiments.tuning import Tuning  # takes seconds
+
+        tuning = Tuning(experiment)
+        tuned = tuning.find(run_all)
+        if tuned.code > 1:  # stopped
+            return tuned.code
+        print("\n".join(f"tuning: {line}" for line in tuning.report(tuned)))
+        code, finals = tuned.code, tuning.finals(tuned)
     if args.dry_run:
-        states = sweep.states()
-        for run in experiment.runs:
-            print(f"{states[run.name]:<10}{run.name}\n    {shlex.join(sweep.command_line(run))}")
-        return 0
+        for name in [run.name for run in experiment.runs if run.name not in {final.name for final in finals.runs}]:
+            print(f"{'waits':<10}{name}\n    for its learning rate")
+    return max(code, run_all(finals)[0])
+
+
+def _launcher(args: argparse.Namespace, name: str) -> LocalLauncher | SlurmLauncher:
     if args.slurm:
-        launcher = SlurmLauncher(sweep.folder / "logs/submitit", dict(args.slurm), args.jobs or len(experiment.runs))
-    else:
-        launcher = LocalLauncher(args.jobs or 1)
-    return sweep.run(launcher, args.rerun_changed)
+        return SlurmLauncher(args.output_dir / name / "logs/submitit", dict(args.slurm), args.jobs or sys.maxsize)
+    return LocalLauncher(args.jobs or 1)
+
+
+def _run(
+    args: argparse.Namespace, launcher: LocalLauncher | SlurmLauncher, experiment: Experiment
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Make the runs that are not finished; returns the exit code and the lines."""
+    sweep = Sweep(experiment, args.measured_dir, args.output_dir, args.command)
+    return sweep.run(launcher, args.rerun_changed), read_lines(sweep.measured)
+
+
+def _show(args: argparse.Namespace, experiment: Experiment) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Print the state and the command of each run; returns 0 and the lines."""
+    sweep = Sweep(experiment, args.measured_dir, args.output_dir, args.command)
+    states = sweep.states()
+    for run in experiment.runs:
+        print(f"{states[run.name]:<10}{run.name}\n    {shlex.join(sweep.command_line(run))}")
+    return 0, read_lines(sweep.measured)
 
 
 def _only(runs: list[Run], only: str) -> list[Run]:

@@ -13,8 +13,17 @@ grid:                                   # one run for each combination
   seed: [1, 2, 3]
 exclude: [{method: lora, variant: full}]            # combinations left out
 overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones
+tune:                                   # optional: first choose learning rates on held-out rows of the training set
+  learning_rate: [1.0e-4, 2.0e-4, 4.0e-4]           # to try; or a mapping: labels of the grid to such lists
+  when: {method: lora2}                             # the rows to tune (default: all); the others keep their rate
+  one_rate_for: row                                 # one rate for all tasks; or row_and_task: one for each task
+  share_of_steps: 0.5                               # length of a tuning run, of a final run's; warm-ups shrink with it
+  holdout_fraction: 0.1
+  seeds: [101]
+  extend: 0                                         # rates to add to a row while its best one is an end of those tried
 
-A tuning is a separate experiment: an axis learning_rate, a holdout_fraction in base. The report shows its choice.
+Axes that set task_name or train_file are the tasks, and all others but the seed make the rows of the tables. Runs train
+and evaluate unless `base` says otherwise. The values above for the last five keys of `tune` are the defaults.
 """
 
 from __future__ import annotations
@@ -23,7 +32,8 @@ import itertools
 import os
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +53,9 @@ class Run:
     name: str
     axes: dict[str, Any]  # grid axis → label
     arguments: dict[str, Any]
+    row: str = ""  # the labels that make a row of the tables
+    data: str = ""  # the labels that name the task
+    rates: tuple[float, ...] = ()  # the learning rates that the tuning tries; none: the run keeps its own
 
     @property
     def flags(self) -> list[str]:
@@ -58,12 +71,52 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """The section `tune` of an experiment; the top of this file explains its keys."""
+
+    learning_rate: list[float] | dict[Any, list[float]]
+    when: dict[str, Any] = field(default_factory=dict)
+    one_rate_for: str = "row"
+    share_of_steps: float = 0.5
+    holdout_fraction: float = 0.1
+    seeds: Sequence[int] = (101,)
+    extend: int = 0
+
+    def __post_init__(self) -> None:
+        if self.one_rate_for not in ("row", "row_and_task"):
+            raise UsageError(f"tune.one_rate_for must be row or row_and_task, not {self.one_rate_for}")
+        for name in ("share_of_steps", "holdout_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f"tune.{name} must be above 0 and at most 1")
+        if not self.seeds or self.extend < 0:
+            raise UsageError("tune.seeds needs a seed, and tune.extend a number of rates from 0 on")
+
+    def rates(self, axes: dict[str, Any], choices: dict[str, dict]) -> tuple[float, ...]:
+        """The rates to try for a combination; none if its row is not tuned."""
+        if not _matches(self.when, axes, choices):
+            return ()
+        rates = self.learning_rate
+        if isinstance(rates, dict):
+            known = {label for labels in choices.values() for label in labels}
+            if strange := [label for label in rates if label not in known]:
+                raise UsageError(f"tune.learning_rate names {strange[0]}, which the grid does not have")
+            named = [label for label in axes.values() if label in rates]
+            if len(named) != 1:
+                raise UsageError(f"tune.learning_rate must name one label of {', '.join(map(str, axes.values()))}")
+            rates = rates[named[0]]
+        if not rates or not all(type(rate) in (int, float) and rate > 0 for rate in rates):
+            raise UsageError("tune.learning_rate must hold lists of positive numbers")
+        return tuple(float(rate) for rate in dict.fromkeys(rates))
+
+
+@dataclass(frozen=True)
 class Experiment:
-    """A checked experiment."""
+    """A checked experiment. Until its rates are chosen, the runs that are tuned have the first of those to try."""
 
     name: str
     runs: list[Run]
     description: str = ""
+    tune: Tune | None = None
 
 
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
@@ -90,6 +143,7 @@ def make_experiment(
     base: dict[str, Any] | None = None,
     exclude: list[dict] | None = None,
     overrides: list[dict] | None = None,
+    tune: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Experiment:
     """A checked experiment from the keys of an experiment file.
@@ -100,17 +154,27 @@ def make_experiment(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise UsageError(f"the name {name} must be a word of letters, digits, _ . and - (it becomes a folder)")
     choices = {axis: _choices(axis, labels) for axis, labels in grid.items()}
+    tasks = {axis for axis in choices if any({"task_name", "train_file"} & {*each} for each in choices[axis].values())}
+    rows = [axis for axis in choices if axis not in tasks | {"seed"}]
+    tuning = None if tune is None else Tune(**tune)
     runs = []
     for labels in itertools.product(*choices.values()):
         axes = dict(zip(choices, labels, strict=True))
         if any(_matches(when, axes, choices) for when in exclude or []):
             continue
-        arguments = (base or {}) | _of_labels(axes, choices)
+        arguments = {"do_train": True, "do_eval": True} | (base or {}) | _of_labels(axes, choices)
         for rule in overrides or []:
             arguments |= _override(axes, choices, **rule)
-        runs.append(Run(run_name(axes), axes, arguments | (settings or {})))
+        row, data = (", ".join(_words({axis: axes[axis] for axis in part})) for part in (rows, sorted(tasks)))
+        rates = tuning.rates(axes, choices) if tuning else ()
+        arguments |= settings or {}
+        if rates:
+            if "learning_rate" in {*choices, *(settings or {})} or arguments.get("holdout_fraction"):
+                raise UsageError("tune sets learning_rate and holdout_fraction itself: leave them out elsewhere")
+            arguments |= {"learning_rate": rates[0]}
+        runs.append(Run(run_name(axes), axes, arguments, row, data, rates))
     _check(runs, [axis for axis, labels in grid.items() if isinstance(labels, list)])
-    return Experiment(name, runs, description)
+    return Experiment(name, runs, description, tuning)
 
 
 def _choices(axis: str, labels: list | dict[Any, Any]) -> dict[Any, dict[str, Any]]:
@@ -174,8 +238,12 @@ def _check(runs: list[Run], flags: list[str]) -> None:
 
 def run_name(axes: dict[str, Any]) -> str:
     """A folder's name from the labels of a run's axes (LoRA² becomes LoRA2); numbers carry their axis' name."""
-    parts = [label if isinstance(label, str) else f"{axis}={label}" for axis, label in portable(axes).items()]
-    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", unicodedata.normalize("NFKC", "-".join(parts).replace("…/", "")))
+    text = unicodedata.normalize("NFKC", "-".join(_words(axes)).replace("…/", ""))
+    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", text)
+
+
+def _words(axes: dict[str, Any]) -> list[str]:
+    return [label if isinstance(label, str) else f"{axis}={label}" for axis, label in portable(axes).items()]
 
 
 def portable(value: Any) -> Any:

@@ -25,7 +25,7 @@ from nlu.runs.identity import content_digests
 
 BASIC = {
     "name": "trial",
-    "base": {"model_name_or_path": "/models/encoder", "do_train": True, "learning_rate": 1e-3},
+    "base": {"model_name_or_path": "/models/encoder", "do_train": True, "do_eval": True, "learning_rate": 1e-3},
     "grid": {"method": ["lora", "lora2"], "task_name": ["cola", "rte"], "seed": [1, 2]},
 }
 ONE = {"method": ["lora"], "task_name": ["cola"], "seed": [1]}

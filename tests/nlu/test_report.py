@@ -150,7 +150,7 @@ def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
     page = (tmp_path / "README.md").read_text()
     assert "## Which rate on custom, {why}?" in page  # an unknown name stays as it is
     rows = re.findall(r"^\| LoRA r=8 \| +([\d.]+) \| +(\S+) \|.*\| +(\w*) \|$", page, re.M)
-    marks = [("50.0", ""), ("60.0", "chosen"), ("70.0", "barred"), ("–", "barred")]
+    marks = [("50.0", ""), ("60.0", ""), ("70.0", "chosen"), ("–", "discarded")]
     assert [each[1:] for each in rows] == marks and [float(each[0]) for each in rows] == list(scores)
     runs = as_frame(lines)
     (rates,) = draw(runs, score_frame(runs), tuning_runs(runs))

@@ -1,41 +1,45 @@
-"""How a learning rate is chosen from the runs of a tuning."""
+"""Tuning: how rates are chosen from lines, and experiments with a section `tune` on a stand-in for run_glue."""
 
 import pandas as pd
 import pytest
 
-from nlu.experiments.tuning import choose_rates, chosen_rates
+from nlu.experiments.statistics import as_frame
+from nlu.experiments.tuning import choose_rates, chosen_rates, tuning_frame
 from tests.nlu.measured_lines import line
+from tests.nlu.sweeps import lines_of
 
 
-def test_choose_rates_takes_the_highest_mean_z_score_and_bars_a_rate_beside_a_failure():
+def test_choose_rates_takes_the_highest_mean_z_score_of_the_rates_at_which_no_run_failed():
     rows = []
     for row, scores in (
-        ("a", {1e-3: (50, 60), 2e-3: (52, 64), 4e-3: (51, 10)}),
+        ("a", {1e-3: (50, 60), 2e-3: (52, 64), 4e-3: (90, 70)}),
         ("b", {1e-3: (40, 50), 2e-3: (45, 50)}),
     ):
         for value, own in scores.items():
             rows += [
-                {"row": row, "value": value, "task": task, "last": score, "failed": score == 10}
+                {"row": row, "value": value, "task": task, "last": score, "failed": score == 70}
                 for task, score in zip(("cola", "rte"), own, strict=True)
             ]
     runs = pd.DataFrame(rows)
     table = choose_rates(runs).set_index(["row", "value"])
-    assert list(table.index[table.barred]) == [("a", 2e-3), ("a", 4e-3)]
-    assert list(table.index[table.chosen]) == [("a", 1e-3), ("b", 2e-3)]
+    assert list(table.index[table.discarded]) == [("a", 4e-3)]
+    assert list(table.index[table.chosen]) == [("a", 2e-3), ("b", 2e-3)]
     cola = runs[runs.task == "cola"]["last"]
     rte = runs[runs.task == "rte"]["last"]
     expected = ((45 - cola.mean()) / cola.std() + (50 - rte.mean()) / rte.std()) / 2
     assert table.z["b", 2e-3] == pytest.approx(expected)
-    barred = choose_rates(runs.assign(failed=True))  # all of them: the best scores decide
-    assert barred.barred.all() and list(barred.value[barred.chosen]) == [2e-3, 2e-3]
-    crashed = runs["last"].mask((runs.value == 2e-3) & (runs.task == "rte"))  # a mean of the other task is no score
+    strict = choose_rates(runs, lambda table: table.failed | (table.value == 2e-3))  # a rule of one's own
+    assert list(strict.value[strict.chosen]) == [1e-3, 1e-3]
+    every = choose_rates(runs.assign(failed=True))  # all of them: the best scores decide
+    assert every.discarded.all() and list(every.value[every.chosen]) == [4e-3, 2e-3]
+    crashed = runs["last"].mask((runs.value >= 2e-3) & (runs.task == "rte"))  # a mean of the other task is no score
     partial = choose_rates(runs.assign(last=crashed, failed=True))
     assert list(partial.value[partial.chosen]) == [1e-3, 1e-3]
     equal = choose_rates(runs.assign(last=50.0, failed=False))  # the lowest of equally good rates
     assert list(equal.value[equal.chosen]) == [1e-3, 1e-3]
 
 
-def test_comparison_takes_the_best_rate_if_all_are_barred():
+def test_the_best_rate_of_a_grid_is_chosen_if_all_are_discarded():
     """A run that has learned nothing has a score; one that crashed has none. The rates have names of their own."""
 
     def tried(label, rate, score, **changes):
@@ -48,4 +52,97 @@ def test_comparison_takes_the_best_rate_if_all_are_barred():
     crashed = {"status": "failed", "evaluations": None, "last": None}
     lines = [tried("lora", 1e-3, 0.5), tried("lora", 2e-3, 0.53), tried("lora", 4e-3, 0.0, **crashed)]
     lines += [tried("adalora", rate, 0.0, **crashed) for rate in (1e-3, 2e-3)]
-    assert chosen_rates(lines) == {"lora": 2e-3}
+    assert chosen_rates(tuning_frame(as_frame(lines))) == {"lora": 2e-3}
+
+
+# ---- experiments with a section `tune`; the stand-in's score is highest at 2e-3 --------------------------------------
+
+BASE = {"model_name_or_path": "/models/encoder", "max_steps": 100, "warmup_steps": 10}
+GRID = {"method": ["lora", "lora2", "full"], "task_name": ["cola", "rte"], "seed": [1, 2]}
+TUNE = {"learning_rate": [5e-4, 1e-3], "when": {"method": ["lora", "lora2"]}, "extend": 3}
+TRIAL = {"name": "trial", "base": BASE, "grid": GRID, "tune": TUNE}
+
+
+def rates_of(lines):
+    return {(line["method"], line["task"]): line["arguments"]["learning_rate"] for line in lines.values()}
+
+
+def test_a_sweep_tunes_on_held_out_rows_extends_the_grid_and_runs_the_finals_with_the_chosen_rates(run_sweep, tmp_path):
+    base = BASE | {"do_predict": True}
+    code, out, _ = run_sweep(TRIAL | {"base": base})
+    assert code == 0 and "tuning: lora: learning rate 0.002, of 0.0005, 0.001, 0.002, 0.004\n" in out
+    tried = lines_of(tmp_path, "trial_tuning")
+    assert len(tried) == 2 * 2 * 4  # methods, tasks, rates: 2e-3 and 4e-3 were added
+    own = {"max_steps": 50, "warmup_steps": 5, "holdout_fraction": 0.1, "seed": 101}
+    assert all(own.items() <= line["arguments"].items() for line in tried.values())
+    assert not any("do_predict" in line["arguments"] for line in tried.values())
+    finals = lines_of(tmp_path)
+    assert len(finals) == 12 and {line["arguments"]["max_steps"] for line in finals.values()} == {100}
+    assert rates_of(finals) == {
+        (m, t): rate for m, rate in (("lora", 2e-3), ("lora2", 2e-3), ("full", 2e-5)) for t in ("cola", "rte")
+    }
+    again = run_sweep(TRIAL | {"base": base})[1]
+    assert again.count("0 run(s) finished now, 0 failed") == 4  # three rounds of the tuning and the finals
+
+
+def test_a_changed_grid_or_rule_is_refused_only_where_it_changes_a_rate(run_sweep, tmp_path):
+    assert run_sweep(TRIAL | {"tune": TUNE | {"extend": 0}})[0] == 0
+    assert run_sweep(TRIAL | {"tune": TUNE | {"extend": 0, "learning_rate": [2.5e-4, 5e-4, 1e-3]}})[0] == 0
+    code, _, err = run_sweep(TRIAL)
+    assert code == 2 and "(learning_rate 0.001 → 0.002); pass --rerun_changed" in err
+    code, _, err = run_sweep(TRIAL | {"tune": TUNE | {"share_of_steps": 0.25}})
+    assert code == 2 and "(max_steps 50 → 25, warmup_steps 5" in err
+
+
+def test_a_row_whose_tuning_failed_has_no_finals_and_a_task_can_have_a_rate_of_its_own(run_sweep, tmp_path):
+    """LoRA is killed on RTE at 2e-3, so that no run of it has an end there."""
+    rates = {"lora": [1e-3, 2e-3], "lora2": [1e-3, 2e-3]}
+    killed = {"when": {"method": "lora", "task_name": "rte"}, "set": {"weight_decay": 3}}
+    content = TRIAL | {"tune": {"learning_rate": rates, "when": TUNE["when"]}, "overrides": [killed]}
+    code, out, _ = run_sweep(content)
+    assert code == 1 and "tuning: lora: no final runs: runs of its tuning have not ended, or all crashed" in out
+    assert {method for method, _ in rates_of(lines_of(tmp_path))} == {"lora2", "full"}
+    content["tune"]["one_rate_for"] = "row_and_task"
+    out = run_sweep(content)[1]
+    assert "tuning: lora on rte: no final runs" in out and "tuning: lora on cola: learning rate 0.002" in out
+    assert rates_of(lines_of(tmp_path))[("lora", "cola")] == 2e-3
+
+
+def test_one_rate_for_a_row_follows_from_the_lines_by_hand(run_sweep, tmp_path):
+    assert run_sweep(TRIAL)[0] == 0
+    lines = lines_of(tmp_path, "trial_tuning").values()
+    scores = {}
+    for each in lines:
+        scores.setdefault(each["task"], {})[each["method"], each["arguments"]["learning_rate"]] = 100 * each["last"]
+    means = {}
+    for of_task in scores.values():
+        values = list(of_task.values())
+        mean = sum(values) / len(values)
+        deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+        for key, score in of_task.items():
+            means[key] = means.get(key, 0) + (score - mean) / deviation / len(scores)
+    shown = tuning_frame(as_frame(lines))
+    assert dict(zip(zip(shown.row, shown.value, strict=True), shown.z, strict=True)) == {
+        ({"lora": "LoRA", "lora2": "LoRA²"}[method], rate): pytest.approx(z) for (method, rate), z in means.items()
+    }
+    best = {row: max((z, rate) for (method, rate), z in means.items() if method == row)[1] for row in ("lora", "lora2")}
+    assert best == {"lora": 2e-3, "lora2": 2e-3} and set(shown.value[shown.chosen]) == {2e-3}
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({"learning_rate": [1e-3], "one_rate_for": "task"}, "one_rate_for must be row or row_and_task"),
+        ({"learning_rate": {"lora": [1e-3]}}, "must name one label of lora2, cola, 1"),
+        ({"learning_rate": {"sora": [1e-3]}}, "names sora, which the grid does not have"),
+        ({"learning_rate": [1e-3, "high"]}, "must hold lists of positive numbers"),
+        ({"learning_rate": [1e-3], "when": {"method": "sora"}}, "a rule names method sora"),
+        ({"learning_rate": [1e-3], "steps": 5}, "the format is explained at the top of"),
+    ],
+)
+def test_a_faulty_section_is_refused_before_anything_starts(run_sweep, tmp_path, tune, message):
+    code, out, err = run_sweep(TRIAL | {"tune": tune})
+    assert code == 2 and message in err and err.count("\n") == 1 and not out
+    code, _, err = run_sweep(TRIAL, "--set", "learning_rate=1e-3")
+    assert code == 2 and "tune sets learning_rate and holdout_fraction itself" in err
+    assert not (tmp_path / "output").exists()
