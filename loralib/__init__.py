@@ -10,6 +10,7 @@ from loralib.merging import merge_adapter, merge_and_unload, unmerge_adapter
 from loralib.model import compact, lora_layers, lora_state_dict, mark_only_lora_as_trainable
 from loralib.orthogonality import compute_orth_regu
 from loralib.training import LowRankTraining
+from loralib.update import LowRankUpdate
 
 __version__ = VERSION
 
@@ -19,6 +20,7 @@ __all__ = [
     "LoRA2Linear",
     "LoRALayer",
     "LowRankTraining",
+    "LowRankUpdate",
     "MultiScaleLinear",
     "RankAllocator",
     "SVDLinear",

@@ -8,7 +8,7 @@ from torch import nn
 
 from loralib.injection import put_in_place
 from loralib.layers import LoRALayer
-from loralib.model import lora_layers, own_layers, unwrapped
+from loralib.model import own_layers, unwrapped
 
 
 def merge_adapter(model: nn.Module) -> None:
@@ -59,7 +59,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """
     merge_adapter(model)
     model = unwrapped(model)
-    plain = {id(layer): _plain_linear(layer) for layer in lora_layers(model).values()}
+    plain = {id(layer): _plain_linear(layer) for layer in own_layers(model).values()}
     put_in_place(model, plain)
     return plain.get(id(model), model)
 

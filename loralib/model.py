@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from loralib.checks import check_choice
 from loralib.layers import LoRALayer
+from loralib.update import LowRankUpdate
 
 HOLDER = "_multi_adapter"  # the attribute of a model with the MultiAdapter that has adapters for it
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
@@ -40,9 +41,10 @@ def unwrapped_throughout(model: nn.Module) -> Iterator[nn.Module]:
             children[name] = part
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """All low-rank layers of the :func:`unwrapped` model by module name, found by type."""
-    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, LoRALayer)}
+def lora_layers(model: nn.Module) -> dict[str, LowRankUpdate]:
+    """All low-rank layers of the :func:`unwrapped` model by module name, found by type; in peft's wrappers, the updates
+    beside the frozen layers."""
+    return {name: module for name, module in unwrapped(model).named_modules() if isinstance(module, LowRankUpdate)}
 
 
 def factors_of(model: nn.Module) -> list[nn.Parameter]:
@@ -56,15 +58,16 @@ def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
     Raises:
         ValueError: if peft or a MultiAdapter holds them: it saves, merges and shrinks them.
     """
-    layers = lora_layers(model)
-    if any(layer.in_peft for layer in layers.values()):
+    found = lora_layers(model)
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, LoRALayer)}
+    if len(layers) < len(found):
         raise ValueError("peft holds the low-rank layers: use the PeftModel's methods")
     if getattr(getattr(unwrapped(model), HOLDER, None), "active", None) is not None:
         raise ValueError("the model holds the active adapter of a MultiAdapter: call its activate(None) first")
     return layers
 
 
-def svd_layers(model: nn.Module) -> dict[str, LoRALayer]:
+def svd_layers(model: nn.Module) -> dict[str, LowRankUpdate]:
     """The low-rank layers that have singular values, by module name; ``compact`` may leave a layer without any."""
     return {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None}
 
@@ -75,7 +78,7 @@ def svd_factors(model: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(factor for layer in layers for factor in [*layer.lora_B, *layer.lora_A]))
 
 
-def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LoRALayer]:
+def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LowRankUpdate]:
     """The low-rank layers whose singular values are trainable. A frozen adapter is neither pruned nor regularised.
 
     Raises:
@@ -106,14 +109,14 @@ def compact(model: nn.Module) -> dict[str, int]:
     return drop_pruned(own_layers(model))
 
 
-def drop_pruned(layers: Mapping[str, LoRALayer]) -> dict[str, int]:
+def drop_pruned(layers: Mapping[str, LowRankUpdate]) -> dict[str, int]:
     """:func:`compact` for these layers alone."""
     for name, kept in live_singular_values(layers).items():
         layers[name].keep_singular_values(kept)
     return {name: layer.r for name, layer in layers.items()}
 
 
-def live_singular_values(layers: Mapping[str, LoRALayer]) -> dict[str, list[int]]:
+def live_singular_values(layers: Mapping[str, LowRankUpdate]) -> dict[str, list[int]]:
     """Module name -> indices of the singular values that are not 0; all indices if the whole model has only zeros."""
     live = {
         name: list(range(layer.r)) if layer.lora_E is None else layer.lora_E.nonzero().flatten().tolist()
@@ -153,12 +156,11 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 def _factors_and_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
     check_choice("bias", bias, ("none", "all", "lora_only"))
-    layers = lora_layers(model)
-    if not layers:
+    if not lora_layers(model):
         raise ValueError("the model has no low-rank layers: call inject() first")
     wanted = set(map(id, factors_of(model)))
     if bias == "lora_only":
-        wanted |= {id(layer.bias) for layer in layers.values()}
+        wanted |= {id(layer.bias) for layer in own_layers(model).values()}
     if bias == "all":
         wanted |= {id(each) for name, each in model.named_parameters() if is_bias(name)}
     # named_parameters() lists a shared parameter only once.

@@ -4,12 +4,13 @@
     model = peft.get_peft_model(base, lora2.LoRA2Config(r=8, k=8, target_modules=["query", "value"]))
 
 ``save_pretrained``, ``from_pretrained``, ``merge_and_unload`` and several adapters work as for peft's own methods, also
-in tools that are built on peft. Each adapter of a layer is a :class:`loralib.LoRA2Linear`, so that
+in tools that are built on peft. Each adapter of a layer is a :class:`loralib.LowRankUpdate`, so that
 :class:`loralib.LowRankTraining` regularises and prunes the trainable adapters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from loralib.injection import HOOKS, NEVER_CALLED, refuse_packed_batches
-from loralib.layers import INITS, LoRA2Linear
+from loralib.layers import merged_weight
 from loralib.model import drop_pruned, lora_layers
 from loralib.stored_weight import frozen_shape, is_conv1d
+from loralib.update import INITS, LowRankUpdate
 
 NAME = "lora2"
 
@@ -80,34 +82,32 @@ class LoRA2Config(PeftConfig):
                 setattr(self, name, set(value))
 
 
-class LoRA2Adapter(LoRA2Linear):
-    """One adapter of a :class:`LinearWithLoRA2`. It uses the frozen weight and bias of the base layer without owning
-    them: its parameters and its state dict are only the factors.
+class LoRA2Adapter(LowRankUpdate):
+    """One adapter of a :class:`LinearWithLoRA2`.
 
     A factor's name is ``lora_B_0``, not ``lora_B.0``: peft finds the adapter's name in a key only if at most one part
     follows it.
     """
 
-    in_peft = True
-
     def __init__(self, base: nn.Module, config: LoRA2Config) -> None:
-        nn.Module.__init__(self)
-        self._base = (base,)  # in a tuple, so that it is not registered as a submodule
-        self.register_parameter("lora_E", None)  # registered first, so that e comes first, as in other layers
-        self.out_features, self.in_features = frozen_shape(base)
-        self._add_factors(config.r, config.lora_alpha, config.lora_dropout, (config.k,), config.init, is_conv1d(base))
+        rows, columns = frozen_shape(base)
+        settings = (config.r, config.lora_alpha, config.lora_dropout, (config.k,), config.init)
+        super().__init__(columns, rows, *settings, device=base.weight.device, dtype=base.weight.dtype)
 
-    @property
-    def weight(self) -> nn.Parameter:
-        return self._base[0].weight
+    def forward(self, x: Tensor, base: nn.Module | Tensor) -> Tensor:
+        """x (…, in) → (…, out): the output of ``base``, a plain linear layer or what another module computed, plus the
+        update."""
+        if isinstance(base, Tensor):
+            return self.add_to(base, x)
+        return self.linear(x, base.weight.T if is_conv1d(base) else base.weight, base.bias)
 
-    @property
-    def bias(self) -> nn.Parameter | None:
-        return self._base[0].bias
-
-    def forward(self, input: Tensor, out: Tensor | None = None) -> Tensor:
-        """input (…, in) → (…, out): the base layer's output, or ``out`` if it is given, plus the update."""
-        return super().forward(input) if out is None else self.add_update(out, input)
+    def _set_factors(self, b: Sequence[nn.Parameter], e: nn.Parameter | None, a: Sequence[nn.Parameter]) -> None:
+        for name in [name for name in self._parameters if name != "lora_E"]:
+            delattr(self, name)
+        self.lora_E = e
+        for side, factors in (("B", b), ("A", a)):
+            for scale, factor in enumerate(factors):
+                self.register_parameter(f"lora_{side}_{scale}", factor)
 
     @property
     def lora_B(self) -> list[nn.Parameter]:  # type: ignore[override]
@@ -120,18 +120,6 @@ class LoRA2Adapter(LoRA2Linear):
     def _side(self, prefix: str) -> list[nn.Parameter]:
         # By attribute: in a replica of nn.DataParallel the factors are no parameters.
         return [getattr(self, f"{prefix}{scale}") for scale in (0, 1) if hasattr(self, f"{prefix}{scale}")]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("lora_B", "lora_A"):
-            super().__setattr__(name, value)
-            return
-        for number in range(len(value), len(getattr(self, name))):
-            delattr(self, f"{name}_{number}")
-        for number, factor in enumerate(value):
-            super().__setattr__(f"{name}_{number}", factor)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        nn.Module._save_to_state_dict(self, *args, **kwargs)  # without the weight, merged or not
 
 
 class LinearWithLoRA2(nn.Module, BaseTunerLayer):
@@ -153,6 +141,7 @@ class LinearWithLoRA2(nn.Module, BaseTunerLayer):
             raise ValueError(f"LoRA² adapts linear layers, not {type(base).__name__}: name other target_modules")
         self.lora2_adapters = nn.ModuleDict()
         self.merged_adapters: list[str] = []
+        self.register_buffer("_weight_before_merge", None, persistent=False)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, rank)
 
@@ -178,15 +167,16 @@ class LinearWithLoRA2(nn.Module, BaseTunerLayer):
             self.unmerge()
         names = [] if self.disable_adapters or self.merged else self.active_adapters
         adapters = [self.lora2_adapters[name] for name in names if name in self.lora2_adapters]
-        out = None if adapters and self._has_plain_weight() else self.base_layer(x, *args, **kwargs)
+        plain = any(adapter.r for adapter in adapters) and self._has_plain_weight()
+        out = self.base_layer if plain else self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
-            out = adapter(x, out)
+            out = adapter(x, out) if adapter.r else out
         return out
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of an adapter, in the layout of the base layer's weight."""
         delta = self.lora2_adapters[adapter].delta_weight()
-        return delta.T if self.lora2_adapters[adapter].fan_in_fan_out else delta
+        return delta.T if is_conv1d(self.get_base_layer()) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W + ΔW into the base layer's weight.
@@ -201,17 +191,20 @@ class LinearWithLoRA2(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.lora2_adapters:
                 continue
-            adapter = self.lora2_adapters[name]
-            adapter.merge()
-            if safe_merge and not torch.isfinite(adapter.weight).all():
-                adapter.unmerge()
+            base = self.get_base_layer()
+            merged = merged_weight(base.weight, self.lora2_adapters[name].delta_weight(), is_conv1d(base))
+            if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"the weight would not be finite with the adapter {name}: it was not merged")
+            if not self.merged:
+                self._weight_before_merge = base.weight.data
+            base.weight.data = merged
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Undo :meth:`merge` exactly, the last adapter first. Does nothing if nothing is merged."""
-        while self.merged_adapters:
-            self.lora2_adapters[self.merged_adapters.pop()].unmerge()
+        """Undo :meth:`merge` exactly, for all adapters. Does nothing if nothing is merged."""
+        if self.merged:
+            self.get_base_layer().weight.data, self._weight_before_merge = self._weight_before_merge, None
+            self.merged_adapters.clear()
 
 
 class LoRA2Model(BaseTuner):

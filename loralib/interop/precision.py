@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from loralib.injection import is_linear
 from loralib.layers import LoRALayer
 from loralib.stored_weight import stored_form
+from loralib.update import LowRankUpdate
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable[nn.Module] = ()) -> None:
@@ -41,7 +42,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     for name, parameter in model.named_parameters():
         if (form := stored_form(parameter)) is not None:
             raise ValueError(f"{name} is {form}: cast the plain model before it is {form}")
-    if any(isinstance(module, LoRALayer) and module.merged for module in model.modules()):
+    if any(getattr(module, "merged", False) for module in model.modules()):  # peft's layers too
         raise ValueError("a low-rank layer is merged, and unmerging would undo its cast: unmerge before the cast")
     in_head = {module for part in ([head] if isinstance(head, nn.Module) else head) for module in part.modules()}
     buffers = [(m, b) for m in model.modules() for b in m._buffers.values() if b is not None]
@@ -66,8 +67,8 @@ def _computing(module: nn.Module) -> list[nn.Parameter]:
     """The floating-point parameters that must share one dtype for the module's own forward pass to work."""
     if isinstance(module, LoRALayer):
         parameters = [module.weight]  # the layer computes in its dtype, and casts its bias and factors itself
-    elif isinstance(module, nn.ParameterList):
-        parameters = []  # computes nothing
+    elif isinstance(module, nn.ParameterList | LowRankUpdate):
+        parameters = []  # a list computes nothing, and an update casts its factors
     else:  # attention passes its projection's parameters to a function, and does not call the projection
         parameters = module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
     return [p for p in parameters if p.is_floating_point()]
@@ -83,7 +84,7 @@ def _kept_parameters(model: nn.Module, chosen: Collection[nn.Module]) -> set[int
     kept = {id(p) for p in parameters if p.requires_grad and not fresh}
     kept.update(id(p) for module in chosen for p in module.parameters(recurse=False))
     groups = [_computing(module) for module in model.modules()]
-    groups += [module.lora_parameters() for module in model.modules() if isinstance(module, LoRALayer)]
+    groups += [module.lora_parameters() for module in model.modules() if isinstance(module, LowRankUpdate)]
     shared = [{id(p) for p in group} for group in groups]
     before = -1
     while before != len(kept):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from loralib.fused import without_autocast
-from loralib.layers import LoRALayer
 from loralib.model import lora_layers, svd_factors, svd_layers
 from loralib.recipes.exact_factors import deviations
+from loralib.update import LowRankUpdate
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def update_statistics(model: nn.Module) -> UpdateStatistics:
     return UpdateStatistics(norms, largest, smallest, deviation)
 
 
-def _squared_norm(layer: LoRALayer) -> Tensor:
+def _squared_norm(layer: LowRankUpdate) -> Tensor:
     if layer.r == 0:
         return torch.zeros(())
     b, core, a = layer.lora_B[0], layer.folded_core(), layer.lora_A[0]

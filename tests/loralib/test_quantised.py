@@ -1,5 +1,7 @@
 """Low-rank layers on quantised weights: torchao's on the CPU, and a stand-in for bitsandbytes' 4-bit layer."""
 
+import pickle
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -113,6 +115,17 @@ def test_adapter_loads_on_the_same_quantised_base_and_on_no_other(form, tmp_path
         loralib.load_adapter(plain, tmp_path / "a")
     loralib.load_adapter(plain, tmp_path / "a", allow_other_base=True)  # the way to load it on a base in full precision
     loralib.merge_adapter(plain)
+
+
+def test_a_state_of_microsofts_loralib_loads_beside_a_quantised_weight_and_a_pickled_copy_computes_the_same():
+    model = network()
+    quantise(model, "4bit")
+    loralib.inject(model, "lora", ["0"], r=4, lora_alpha=8)
+    b, a = torch.randn(128, 4), torch.randn(4, 64)
+    assert not model.load_state_dict({"0.lora_B": b, "0.lora_A": a}, strict=False).unexpected_keys
+    torch.testing.assert_close(model[0].delta_weight(), 2 * b @ a)
+    copied, x = pickle.loads(pickle.dumps(model)), torch.randn(5, 64)
+    assert type(copied[0]) is type(model[0]) and torch.equal(copied(x), model(x))
 
 
 @FORMS
