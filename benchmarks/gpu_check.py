@@ -30,8 +30,8 @@ from transformers.utils import logging
 from benchmarks import losses, run
 from benchmarks.peers import Shape
 from benchmarks.report import section
+from loralib.files import write_text
 from nlu import ROOT
-from nlu.runs.files import write_text
 from nlu.runs.machine import COMMIT, machine, now, versions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

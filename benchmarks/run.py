@@ -36,12 +36,12 @@ from tqdm import tqdm
 from benchmarks import peers
 from benchmarks.peers import PEERS, Shape, limit_flops
 from benchmarks.report import Measurement, section
+from loralib.files import write_text
 from nlu import tasks
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
 from nlu.data.glue import load_split
 from nlu.errors import OneLineParser, program, reason
 from nlu.experiments.launchers import available_cores
-from nlu.runs.files import write_text
 from nlu.runs.machine import now, processor, versions
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,9 +13,7 @@ import json
 import os
 import shlex
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -24,14 +22,14 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-VERSION = "0.4.0"  # of loralib
+from loralib import __version__
+from loralib.files import TOKENIZER_FILES, locked, new_files, read_json_object
+
 FORMAT_VERSION = 1
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
-# File names of tokenizers: every tokenizer of transformers writes at least one of them.
-_TOKENIZER = ("*token*", "*vocab*", "merges.txt", "*.model", "*.spm", "bpe.codes", "dict.txt", "byte_maps.json")
-# And what transformers saves with one.
-_BESIDE = (*_TOKENIZER, "*template*", "additional_chat_templates/*", "*processor_config.json")
-_NEW = ".new-"  # prefix of the temporary folder that new files are first written to
+# What transformers saves of a tokenizer or an image processor.
+_PROCESSOR_FILES = (*TOKENIZER_FILES, "*template*", "additional_chat_templates/*", "*processor_config.json")
+ADVICE = "name an adapter's folder"  # for a folder that cannot be read
 
 
 # ---- the configuration ----------------------------------------------------------------------------------------------
@@ -92,7 +90,7 @@ class AdapterConfig:
     base_revision: str | None = None
     base_fingerprint: str = ""
     card: dict[str, Any] = field(default_factory=dict)
-    library_version: str = VERSION
+    library_version: str = __version__
     weights_sha256: str = ""  # write_adapter fills it in
     library: str = "loralib"
     format_version: int = FORMAT_VERSION
@@ -165,7 +163,7 @@ def write_adapter(
     save_tokenizer: Callable[[Path], Any] | None,
 ) -> None:
     """Write adapter_config.json, adapter_model.safetensors, README.md with the text ``card`` and the tokenizer's files,
-    see :func:`new_files`.
+    see :func:`loralib.files.new_files`.
 
     Raises:
         ValueError: if a file would replace one that is not an adapter's, or :func:`read_adapter` would refuse a value.
@@ -179,7 +177,7 @@ def write_adapter(
         text = json.dumps(values | {"config_sha256": _config_digest(values)}, indent=1, ensure_ascii=False)
     except (TypeError, ValueError) as error:  # TypeError: JSON cannot represent config.card
         raise ValueError(f"the adapter cannot be saved: {error}") from None
-    with new_files(folder) as new:
+    with new_files(folder, CONFIG_FILE) as new:
         if save_tokenizer is not None:
             save_tokenizer(new)
         (new / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -187,72 +185,14 @@ def write_adapter(
         (new / WEIGHTS_FILE).write_bytes(weights)
 
 
-@contextmanager
-def new_files(folder: str | os.PathLike[str], last: str = CONFIG_FILE) -> Iterator[Path]:
-    """Yield an empty temporary folder. At the end of the block its files, also in subfolders, move to ``folder``.
-
-    An error inside the block leaves all files of ``folder`` as they were. They are replaced one by one, the weights
-    first and ``last`` at the end, so that a kill in between leaves an adapter that :func:`read_adapter` refuses.
-    Processes that write to the same folder take turns if it can be locked.
-
-    Args:
-        folder: one without files of these names, or an older one that contains ``last``. Its other files stay.
-
-    Raises:
-        ValueError: if a file would replace another program's. OSError: if it is a file or cannot be written to.
-    """
-    target = Path(os.path.realpath(folder))
-    target.mkdir(parents=True, exist_ok=True)
-    with _locked(target, exclusive=True) as alone, tempfile.TemporaryDirectory(prefix=_NEW, dir=target) as new:
-        for left in target.glob(f"{_NEW}*") if alone else ():  # left by a killed writer
-            if str(left) != new:
-                shutil.rmtree(left)
-        yield Path(new)
-        names = [file.relative_to(new) for file in Path(new).rglob("*") if file.is_file()]
-        names.sort(key=lambda name: (str(name) == last, name.suffix != ".safetensors"))
-        if not (target / last).exists():
-            refuse_files(target, map(str, names))
-        for name in names:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            with open(Path(new) / name, "rb+") as written:
-                os.fsync(written.fileno())
-        for name in names:
-            os.replace(Path(new) / name, target / name)
-
-
-def refuse_files(folder: str | os.PathLike[str], names: Iterable[str] = ("*",)) -> None:
-    """Raises ValueError if the folder holds a file that one of the patterns matches."""
-    found = [path.name for name in names for path in Path(folder).glob(name) if not path.name.startswith(_NEW)]
-    if found:
-        raise ValueError(f"{folder} holds other files ({min(found)}): name a new or an empty folder")
-
-
-@contextmanager
-def _locked(folder: Path, exclusive: bool) -> Iterator[bool]:
-    """Lock a folder among the processes of this machine, for one writer or for any number of readers. A process that
-    is killed releases it. Yields False if it cannot be locked: on Windows, and on some network disks."""
-    descriptor, locked = None, False
-    try:
-        with suppress(ImportError, OSError):
-            import fcntl
-
-            descriptor = os.open(folder, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-            locked = True
-        yield locked
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
 def has_tokenizer(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a file of a tokenizer."""
-    return any(any(Path(folder).glob(name)) for name in _TOKENIZER)
+    return any(any(Path(folder).glob(name)) for name in TOKENIZER_FILES)
 
 
 def copy_tokenizer(adapter: str | os.PathLike[str], folder: Path) -> None:
     """Copy the files of a tokenizer or an image processor."""
-    for path in {path for name in _BESIDE for path in Path(adapter).glob(name)}:
+    for path in {path for name in _PROCESSOR_FILES for path in Path(adapter).glob(name)}:
         if path.is_file():
             place = folder / path.relative_to(adapter)
             place.parent.mkdir(exist_ok=True)
@@ -275,7 +215,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[st
         ValueError: as :func:`read_adapter_config`; or if the tensors' file is missing, truncated or changed, or holds
             NaN or, in a factor, infinity.
     """
-    with _locked(Path(folder), exclusive=False):
+    with locked(Path(folder), shared=True):
         config = read_adapter_config(folder)
         tensors = read_tensors(Path(folder) / WEIGHTS_FILE, config.weights_sha256)
     return config, tensors | {name: tensors[stored] for name, stored in config.tied.items() if stored in tensors}
@@ -288,7 +228,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         ValueError: if it is missing, malformed, edited or of another format.
     """
     path = Path(folder) / CONFIG_FILE
-    values = read_json_object(path)
+    values = read_json_object(path, ADVICE)
     if "peft_type" in values:
         command = f"python -m loralib.export {shlex.quote(str(folder))} --to loralib OUT --base BASE"
         raise ValueError(f"{folder} is a peft adapter: `{command}` imports it")
@@ -300,21 +240,6 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         return _config_of(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}: save the adapter again") from None
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: if the file is missing or unreadable, or does not hold an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}): name an adapter's folder") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return values
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:

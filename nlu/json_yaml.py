@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from loralib.files import read_json_object
 from nlu.errors import UsageError, reason
 
 
@@ -20,14 +20,9 @@ def read_json(path: Path, advice: str = "delete it to run it again") -> dict[str
         UsageError: if the file is damaged; the message ends with ``advice``.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, OSError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); {advice}") from None
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} does not hold a JSON object; {advice}")
-    return value
+        return read_json_object(path, advice) if path.exists() else None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def finite(value: Any) -> Any:

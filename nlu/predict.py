@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+from loralib.files import open_new
 from nlu.arguments import positive_int
 from nlu.data.file_formats import FORMATS, Reader, Row
 from nlu.errors import OneLineParser, UsageError, program
 from nlu.json_yaml import finite
-from nlu.runs.files import open_new
 from nlu.runs.signals import stopped_by_signals
 
 BATCHES_IN_BUFFER = 32  # batches whose rows are sorted by length together: more save padding, fewer write sooner

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from loralib.files import open_new
 from nlu.errors import OneLineParser, UsageError, program
-from nlu.runs.files import open_new
 from nlu.tasks import TASKS
 
 _SERVER = {name: rows for task in TASKS.values() for name, rows in task.submission_files}

@@ -29,10 +29,9 @@ from loralib.adapter_folder import (
     AdapterConfig,
     copy_tokenizer,
     has_tokenizer,
-    new_files,
     read_adapter_config,
-    refuse_files,
 )
+from loralib.files import new_files, refuse_files
 from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, read_pairs, refuse_other_format
 from loralib.merging import merge_and_unload
 from loralib.model_card import adapter_card

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 
 from loralib.adapter import fitting_layers, install, second_name
 from loralib.adapter_folder import (
+    ADVICE,
     CARD_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterConfig,
     LayerGroup,
     copy_tokenizer,
-    new_files,
     read_adapter,
-    read_json_object,
     read_tensors,
 )
+from loralib.files import new_files, read_json_object
 from loralib.model_card import adapter_card
 
 PREFIX = "base_model.model."
@@ -164,7 +164,7 @@ def _write_peft(
         **fields,
     }
     refuse_other_format(folder, peft=True)
-    with new_files(folder) as new:
+    with new_files(folder, CONFIG_FILE) as new:
         copy_tokenizer(adapter, new)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if card is not None:
@@ -251,7 +251,7 @@ def is_peft(folder: str | os.PathLike[str]) -> bool:
     Raises:
         ValueError: for a missing or damaged configuration.
     """
-    return "peft_type" in read_json_object(Path(folder) / CONFIG_FILE)
+    return "peft_type" in read_json_object(Path(folder) / CONFIG_FILE, ADVICE)
 
 
 def refuse_other_format(folder: str | os.PathLike[str], peft: bool) -> None:
@@ -274,7 +274,7 @@ def read_pairs(
         ValueError: see :func:`import_peft`.
     """
     path = Path(folder) / CONFIG_FILE
-    values = read_json_object(path)
+    values = read_json_object(path, ADVICE)
     _refuse_other_than_lora(path, values)
     tensors = sorted(read_tensors(Path(folder) / WEIGHTS_FILE).items())  # safetensors gives them in any order
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from loralib.files import write_text
 from nlu.metrics import class_report, compute_glue_metrics
-from nlu.runs.files import write_text
 from nlu.tasks import TASKS, Task
 
 if TYPE_CHECKING:

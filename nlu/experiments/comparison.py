@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from loralib.files import write_bytes, write_text
 from nlu.experiments.figures import draw
 from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, paired, seeds_for
 from nlu.experiments.tables import NONE, as_csv, markdown, number, score_frame, score_text
 from nlu.experiments.tuning import tuning_runs
-from nlu.runs.files import write_bytes, write_text
 
 
 def write_comparison(

@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from loralib.files import locked, write_text
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError, one_line
 from nlu.experiments.experiment import Run, portable
 from nlu.methods.registry import METHODS
-from nlu.runs.files import locked, write_text
 from nlu.runs.identity import PLACES
 
 COPIED = (

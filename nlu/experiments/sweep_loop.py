@@ -11,13 +11,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from loralib.files import locked
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run, portable
 from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLauncher
 from nlu.experiments.lines import measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
-from nlu.runs.files import locked
 from nlu.runs.identity import FREE, changes, content_digests
 from nlu.runs.signals import handled_by
 
@@ -93,7 +93,8 @@ class Sweep:
         """
         for folder in (self.folder / "logs", self.measured.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / ".lock", f"another sweep is running in {self.folder}; wait for it or stop it"):
+        in_use = UsageError(f"another sweep is running in {self.folder}; wait for it or stop it")
+        with locked(self.folder / ".lock", in_use):
             states = self.states()
             changed = [run for run in self.runs if states[run.name] == "changed"]
             if changed and not rerun_changed:

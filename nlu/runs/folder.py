@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from loralib.adapter_folder import CONFIG_FILE
+from loralib.files import locked
 from nlu.arguments import Arguments
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import read_json
 from nlu.runs.checkpoints import UNFINISHED
-from nlu.runs.files import locked
 from nlu.runs.identity import PREDICTING, changes
 
 RECORD = "results.json"
@@ -50,7 +50,8 @@ class RunFolder:
         """
         made = not self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
-        in_use = f"{self.path} is in use by another run: wait until it ends, or name another --root_output_dir"
+        advice = "wait until it ends, or name another --root_output_dir"
+        in_use = UsageError(f"{self.path} is in use by another run: {advice}")
         with locked(self.path / LOCK, in_use):
             try:
                 self._remove_empty_model()  # of a run that was killed

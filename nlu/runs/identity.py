@@ -13,6 +13,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from loralib.files import TOKENIZER_FILES
 from nlu.arguments import Arguments
 from nlu.command_line import DEFAULTS
 from nlu.data.glue import split_files
@@ -25,13 +26,8 @@ INPUTS = (  # flags that name what a run reads
 )  # fmt: skip
 _DIGESTS = (*INPUTS, "lora_k")
 
-# The files that determine a model's outputs, without those that a training leaves beside them. A test compares the
-# tokenizers' files with transformers' classes. The list in loralib.adapter_folder is not used: it would import torch.
-_MODEL_FILES = (
-    "config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "vocab-*.json", "*_vocab.json", "merges.txt", "dict.txt", "bpe.codes", "*.model",
-    "*.spm", "*.tokenizer", "byte_maps.json", "emoji.json", "normalizer.json", "word_*.json",
-)  # fmt: skip
+# The files that determine a model's outputs, without those that a training leaves beside them.
+_MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES)
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # The places of files, which may differ even between the processes of a run.

@@ -9,12 +9,12 @@ from typing import Any
 from transformers import TrainerCallback
 
 from loralib import lora_layers
+from loralib.files import write_json
 from loralib.injection import module_type
 from nlu.data.batching import effective_batch_size
 from nlu.errors import one_line
 from nlu.json_yaml import finite
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
-from nlu.runs.files import write_json
 from nlu.runs.folder import RECORD
 from nlu.runs.log import say
 from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions

@@ -9,11 +9,11 @@ import huggingface_hub
 from torch import nn
 
 import loralib
+from loralib.files import write_json
 from loralib.recipes.exact_factors import make_orthonormal
 from nlu.arguments import Arguments
 from nlu.errors import RunError, UsageError, reason
 from nlu.methods.registry import card_of
-from nlu.runs.files import write_json
 from nlu.runs.log import say
 
 

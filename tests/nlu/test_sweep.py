@@ -11,13 +11,13 @@ from functools import partial
 import pytest
 import yaml
 
+from loralib.files import write_text
 from nlu import ROOT
 from nlu.errors import UsageError
 from nlu.experiments import launchers
 from nlu.experiments.experiment import make_experiment
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.sweep_loop import Sweep
-from nlu.runs.files import write_text
 from nlu.runs.machine import git_commit
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
