@@ -60,7 +60,7 @@ def test_commands_name_existing_programs_flags_and_files(page):
             command_line.parse_arguments(rest)
         elif program == "nlu/compare.py":
             own, flags = compare.own_parser().parse_known_args(rest)
-            for run in compare.plan(own, compare.flag_values(flags))[1].runs:
+            for run in compare.plan(own, compare.flag_values(flags)).runs:
                 run.parse()
         elif program in PARSERS and rest:
             PARSERS[program]().parse_args(rest)
@@ -68,11 +68,39 @@ def test_commands_name_existing_programs_flags_and_files(page):
             assert not re.match(r"(configs|scripts|nlu|benchmarks)/", word) or (ROOT / word).exists(), word
 
 
+def prose(page: Path) -> list[str]:
+    """The paragraphs, and the items of lists, of a page without its tables, headings and code."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    text = re.sub(r"^(\||#|    |!\[).*$", "", text, flags=re.M)
+    return [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n(?=\s*(?:-|\d+\.) )", text) if part.strip()]
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.stem not in ("README", "results", "reproduce")], ids=lambda path: path.name
+)
+def test_paragraphs_have_at_most_90_words_and_items_60(page):
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
+    for part in prose(page):
+        assert len(part.split()) <= (60 if re.match(r"(-|\d+\.) ", part) else 90), part
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links_exist_and_code_compiles(page):
+def test_links_and_paths_exist_and_code_compiles(page):
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        linked = page.parent / target if target else page
+        assert target.startswith("http") or linked.exists(), target
+        assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+    for path in re.findall(
+        r"`((?:benchmarks|configs|docs|examples|loralib|nlu|results|scripts|tests)/[\w./-]*)`", text
+    ):
+        assert (ROOT / path).exists() or "TASK" in path or "NAME" in path, path
     for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
         compile(code, page.name, "exec")
 
