@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         low_rank.step(optimizer)
         optimizer.zero_grad()
         losses.append(loss.item())
-    print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {low_rank.allocator.live_rank} singular values left")
+    print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {low_rank.ranks.live} singular values left")
 
     folder = loralib.save_adapter(model, Path(args.out) / "adapter")
     export_peft(folder, Path(args.out) / "peft_adapter", args.model)

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         )  # fmt: skip
         trainer.train()
         metrics = trainer.evaluate(rows[1500:])
-    live = trainer.low_rank.allocator.live_rank
+    live = trainer.low_rank.ranks.live
     print(f"accuracy on {len(rows) - 1500} test digits: {metrics['eval_accuracy']:.3f}; {live} singular values left")
     return metrics
 

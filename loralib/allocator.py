@@ -18,7 +18,8 @@ each outer factor, which does not depend on i, but matters because all layers co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,14 +27,71 @@ from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_number, check_whole_number
 from loralib.model import trained_svd_layers
+from loralib.update import LowRankUpdate
 
 IMPORTANCES = ("inner", "full")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The singular values that a method prunes, read from the weights at each access.
+
+    Between two maskings the optimiser moves pruned values away from 0, so that the live ones are not always those that
+    the last mask kept.
+
+    Attributes:
+        initial: number of singular values in all layers at the start.
+        budget, target: number that the schedule allows now, and at the end of the training; None without a schedule.
+        values: module name → its singular values.
+        factors: module name → its factors, each with the dimension along which the singular values lie; None for an
+            outer factor, which they share.
+    """
+
+    initial: int
+    budget: int | None
+    target: int | None
+    values: Mapping[str, Tensor]
+    factors: Mapping[str, Sequence[tuple[nn.Parameter, int | None]]]
+
+    @classmethod
+    def of_layers(
+        cls, layers: Mapping[str, LowRankUpdate], initial: int, budget: int | None = None, target: int | None = None
+    ) -> Ranks:
+        """Those of low-rank layers by module name."""
+        values = {name: layer.lora_E for name, layer in layers.items()}
+        pairs = {n: list(zip(each.lora_parameters(), each.singular_axes(), strict=True)) for n, each in layers.items()}
+        return cls(initial, budget, target, values, pairs)
+
+    @property
+    def pattern(self) -> dict[str, list[bool]]:
+        """Module name → which of its singular values are live: not 0."""
+        flat = [value.detach().flatten() for value in self.values.values()]
+        together = torch.cat([each.to(flat[0].device) for each in flat]) != 0
+        flags = iter(together.tolist())  # one wait for the device
+        return {name: [next(flags) for _ in each] for name, each in zip(self.values, flat, strict=True)}
+
+    @property
+    def live(self) -> int:
+        """Number of live singular values in all layers."""
+        return sum(map(sum, self.pattern.values()))
+
+    def pruned_parameters(self) -> int:
+        """Number of parameters that no live singular value uses; they include the outer factors of layers without one,
+        unless a layer that has one shares them."""
+        every: dict[int, int] = {}
+        kept: dict[int, int] = {}
+        for name, flags in self.pattern.items():
+            for parameter, axis in self.factors[name]:
+                size = every[id(parameter)] = parameter.numel()
+                if any(flags):
+                    kept[id(parameter)] = size if axis is None else size * sum(flags) // len(flags)
+        return sum(every.values()) - sum(kept.values())
 
 
 class RankAllocator:
     """Prunes the singular values of all layers to one global budget.
 
-    Call :meth:`update_and_mask` after ``optimizer.step()`` and before the gradients are cleared; steps count from 1.
+    Call :meth:`step` after ``optimizer.step()`` and before the gradients are cleared; steps count from 1.
     A layer that is frozen, from the start or later, keeps its singular values. The budget then covers only the others.
 
     Args:
@@ -45,9 +103,6 @@ class RankAllocator:
         mask_interval: steps between two maskings.
         beta1, beta2: decay rates of the moving averages of sensitivity and uncertainty, in (0, 1).
         importance: ``"inner"`` or ``"full"``, see the module's docstring.
-
-    Attributes:
-        initial_total_rank, target_total_rank: number of singular values in all layers at the start and at the end.
 
     Raises:
         ValueError: for a value out of range, or values that contradict each other.
@@ -78,14 +133,13 @@ class RankAllocator:
         self.beta1, self.beta2, self.importance = beta1, beta2, importance
         # By name, so that ties do not depend on the order in which modules were registered.
         layers = dict(sorted(trained_svd_layers(model, "allocate ranks to").items()))
-        self._names, self._layers = list(layers), list(layers.values())
+        self._by_name, self._layers = layers, list(layers.values())
         self.r = self._layers[0].r
         for name, layer in layers.items():
             if layer.r != self.r:
                 raise ValueError(f"pruning needs layers of the same rank: {name} has {layer.r}, others {self.r}")
         if target_rank > self.r:
             raise ValueError(f"target_rank {target_rank} exceeds the layers' rank {self.r}")
-        self.initial_total_rank, self.target_total_rank = self.r * len(layers), target_rank * len(layers)
         self._masks = [torch.ones_like(layer.lora_E, dtype=torch.bool) for layer in self._layers]
         # Ī and Ū of all scored entries, one parameter after the other.
         self._sensitivity = torch.zeros(sum(p.numel() for p, *_ in self._scored()), dtype=torch.float32)
@@ -101,21 +155,10 @@ class RankAllocator:
                     found.setdefault(id(parameter), (parameter, axis, []))[2].append(row)
         return list(found.values())
 
-    @property
-    def rank_pattern(self) -> dict[str, list[bool]]:
-        """Module name → which of its r singular values are not 0 in the weights as they are now.
-
-        Between two maskings the optimiser moves pruned singular values away from 0, so these are not always the
-        ones that the last mask kept.
-        """
-        values = [layer.lora_E.detach() for layer in self._layers]
-        together = torch.stack([each.to(values[0].device) for each in values])  # one wait for the device
-        return dict(zip(self._names, (together != 0).tolist(), strict=True))
-
-    @property
-    def live_rank(self) -> int:
-        """Number of singular values in all layers that are not 0 in the weights as they are now."""
-        return sum(map(sum, self.rank_pattern.values()))
+    def ranks(self, step: int) -> Ranks:
+        """The singular values of the pruned layers, with the budget at ``step``."""
+        count = len(self._layers)
+        return Ranks.of_layers(self._by_name, self.r * count, self.budget(step), self.target_rank * count)
 
     def budget(self, step: int, layers: int | None = None) -> int:
         """Number of singular values that ``layers`` layers (None: all) keep in total at ``step``, counted from 1."""
@@ -129,7 +172,7 @@ class RankAllocator:
         return int(target + (start - target) * (1 - progress) ** 3)
 
     @torch.no_grad()
-    def update_and_mask(self, step: int) -> None:
+    def step(self, step: int) -> None:
         """Update the scores from the current gradients, until the mask is fixed, and mask if the schedule says so. Of
         equally important singular values, those with later names and indices are kept.
 
@@ -174,7 +217,7 @@ class RankAllocator:
         self._uncertainty.lerp_(current.sub_(self._sensitivity).abs_(), (1 - self.beta2) * moves)
 
     def importance_scores(self) -> Tensor:
-        """Importance of every singular value, (layers, r) float32, layers in the order of :attr:`rank_pattern`."""
+        """Importance of every singular value, (layers, r) float32, layers in the order of their names."""
         scored = self._scored()
         entries = (self._sensitivity * self._uncertainty).split([p.numel() for p, *_ in scored])
         totals: list[Any] = [0.0] * len(self._layers)  # a list: a tensor of indices would be copied to the device
@@ -195,7 +238,7 @@ class RankAllocator:
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to resume: tensors (on the CPU) and plain values."""
         return {
-            "layers": list(self._names),
+            "layers": list(self._by_name),
             "settings": self._settings(),
             "sensitivity": self._sensitivity.to("cpu", copy=True),
             "uncertainty": self._uncertainty.to("cpu", copy=True),
@@ -215,7 +258,7 @@ class RankAllocator:
                     f"the saved pruning has {name} = {saved.get(name)}, but now it is {own}: resume with the same "
                     "value, or save the adapter and start a new training from it (start_from_adapter)"
                 )
-        if state["layers"] != self._names or len(state["sensitivity"]) != len(self._sensitivity):
+        if state["layers"] != list(self._by_name) or len(state["sensitivity"]) != len(self._sensitivity):
             raise ValueError("the allocator state belongs to other layers: resume with the same modules and widths")
         self._sensitivity, self._uncertainty = state["sensitivity"].clone(), state["uncertainty"].clone()
         self._masks = [mask.to(layer.lora_E.device) for layer, mask in zip(self._layers, state["masks"], strict=True)]

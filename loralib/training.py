@@ -13,16 +13,61 @@ A plain loop calls the model's optimiser through ``step``::
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from loralib.allocator import RankAllocator
+from loralib.allocator import RankAllocator, Ranks
 from loralib.model import factors_of, lora_layers
 from loralib.orthogonality import compute_orth_regu
+
+
+class Training(Protocol):
+    """What a method does beside the optimiser; :class:`loralib.recipes.trainer_mixin.LowRankTrainerMixin` calls it.
+
+    :class:`LowRankTraining` implements it for the layers of this library.
+    """
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """What the method prunes; None if it prunes nothing."""
+
+    def start(self, total_steps: int) -> None:
+        """Begin a training of ``total_steps`` optimiser steps."""
+
+    def penalty(self) -> Tensor | float:
+        """What is added to the loss of one optimiser step."""
+        ...
+
+    def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Called when the gradients are complete and clipped, before the optimisers' step."""
+
+    def after_step(self) -> None:
+        """Called after the optimisers' step, before the gradients are cleared."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to resume, besides the model and the optimiser."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a saved state. Raises ValueError if it belongs to another training."""
+
+
+class Constraint(Protocol):
+    """Keeps factors to a set of matrices, such as :class:`loralib.recipes.exact_factors.ExactFactors`."""
+
+    def start(self) -> None:
+        """Called before the first step."""
+
+    def before_step(self) -> None:
+        """Changes the gradients, before the optimisers' step."""
+
+    def after_step(self) -> None:
+        """Changes the factors, after it."""
 
 
 class LowRankTraining:
@@ -32,9 +77,7 @@ class LowRankTraining:
         model: has low-rank layers. The regulariser needs layers with singular values, pruning those of one rank.
         total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
         target_rank: average number of singular values that a layer keeps; without it nothing is pruned.
-        constraint: an object with ``start()``, called before the first step, ``before_step()``, which changes the
-            gradients, and ``after_step()``, which changes the factors, such as
-            :class:`loralib.recipes.exact_factors.ExactFactors`.
+        constraint: a :class:`Constraint`, in place of the regulariser.
         regu_weight: weight of the regulariser; 0 turns it off. Default: 0.1, or 0 with a constraint. terms, squared: as
             for :func:`loralib.compute_orth_regu`.
         pruning: options of :class:`loralib.RankAllocator`: init_warmup (a tenth of the steps), final_warmup (half of
@@ -56,7 +99,7 @@ class LowRankTraining:
         total_steps: int | None = None,
         *,
         target_rank: int | None = None,
-        constraint: Any = None,
+        constraint: Constraint | None = None,
         regu_weight: float | None = None,
         terms: str = "all",
         squared: bool = False,
@@ -72,6 +115,8 @@ class LowRankTraining:
         self.penalty()  # raises if it cannot be computed
         if total_steps is not None:
             self.start(total_steps)
+        elif target_rank is not None:
+            RankAllocator(model, sys.maxsize, target_rank, **pruning)  # refuses a wrong option now, not at start()
 
     def start(self, total_steps: int) -> None:
         """Begin a training of ``total_steps`` optimiser steps, with a new pruning schedule.
@@ -149,12 +194,10 @@ class LowRankTraining:
                 stacklevel=2,
             )
         if self.allocator is not None:
-            self.allocator.update_and_mask(self.steps_done)
+            self.allocator.step(self.steps_done)
 
     def _warn_of_layers_without_gradient(self) -> None:
-        # For each layer the factor that is 0 at the start: e, or B of plain LoRA.
-        layers = {name: layer for name, layer in lora_layers(self.model).items() if layer.r}
-        values = {name: layer.lora_B[0] if layer.lora_E is None else layer.lora_E for name, layer in layers.items()}
+        values = {name: layer.starts_at_zero for name, layer in lora_layers(self.model).items() if layer.r}
         trained = {name: value for name, value in values.items() if value.requires_grad}
         if missed := [name for name, parameter in trained.items() if parameter.grad is None]:
             warnings.warn(
@@ -165,9 +208,9 @@ class LowRankTraining:
             )
 
     @property
-    def budget(self) -> int | None:
-        """Number of singular values that the schedule allows at this step; None if nothing is pruned."""
-        return None if self.allocator is None else self.allocator.budget(self.steps_done)
+    def ranks(self) -> Ranks | None:
+        """The singular values that the allocator prunes; None if nothing is pruned, and before :meth:`start`."""
+        return None if self.allocator is None else self.allocator.ranks(self.steps_done)
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to resume, besides the model and the optimiser."""
@@ -180,10 +223,12 @@ class LowRankTraining:
         Raises:
             ValueError: if it belongs to another training.
         """
-        if self.total_steps is None:
+        if self.total_steps is None and state["total_steps"] is not None:
             self.start(state["total_steps"])
         if (state["allocator"] is None) != (self.allocator is None):
-            raise ValueError("one of the two trainings prunes, the other does not: give the same target_rank")
+            raise ValueError(
+                "one of the two trainings prunes, the other does not: give the same target_rank and total_steps"
+            )
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.steps_done = state["step"]

@@ -328,8 +328,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         if "loss" in logs:
             logs |= {"seconds": round(self.clock.seconds, 3), "memory_bytes": peak_memory_bytes()}
             logs |= self.applied.statistics()
-            if self.applied.ranks is not None:
-                logs |= {"budget": self.low_rank.budget, "live": self.applied.ranks.live_rank}
+            if (ranks := self.low_rank.ranks) is not None:
+                logs |= {"budget": ranks.budget, "live": ranks.live}
         super().log(logs, *args, **kwargs)
 
     @property

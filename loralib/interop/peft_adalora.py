@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
-from loralib.allocator import check_schedule
+from loralib.allocator import Ranks, check_schedule
 from loralib.training import check_optimizers
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
@@ -31,7 +31,7 @@ class _Unregularised(AdaLoraModel):
 
 
 class AdaLoraTraining:
-    """Runs peft's AdaLoRA with the methods of :class:`loralib.LowRankTraining` that the Trainer mix-in calls.
+    """Runs peft's AdaLoRA as a :class:`loralib.training.Training`.
 
     The regulariser is in :meth:`penalty` alone: the model's loss no longer includes it. In a loop of your own, add the
     penalty to the loss, and call :meth:`before_step` and :meth:`after_step` around the optimiser's step.
@@ -39,8 +39,6 @@ class AdaLoraTraining:
     Args:
         model: a ``PeftModel`` with a trainable AdaLoRA adapter, or peft's ``AdaLoraModel``.
     """
-
-    allocator = None  # peft allocates the ranks
 
     def __init__(self, model: nn.Module) -> None:
         tuner: Any = model.base_model if isinstance(model, PeftModel) else model
@@ -96,13 +94,19 @@ class AdaLoraTraining:
             # the optimiser has moved them away from 0 since. A model with other ranks could not load such a file.
             self.config.rank_pattern = None
 
-    def pruned_params(self) -> int:
-        """Number of parameters of pruned singular values: for each, e, a row of A and a column of B."""
-        pruned = 0
-        for layer in self.layers.values():
-            a, e, b = (factors[self.adapter] for factors in (layer.lora_A, layer.lora_E, layer.lora_B))
-            pruned += int((e == 0).sum()) * (1 + a.shape[1] + b.shape[0])
-        return pruned
+    @property
+    def ranks(self) -> Ranks | None:
+        """The singular values, with the budget of peft's schedule."""
+        allocator = self.tuner.rankallocator
+        if allocator.target_bgt >= allocator.init_bgt:
+            return None
+        values = {name: layer.lora_E[self.adapter] for name, layer in self.layers.items()}
+        factors = {
+            name: [(layer.lora_B[self.adapter], 1), (values[name], 0), (layer.lora_A[self.adapter], 0)]
+            for name, layer in self.layers.items()
+        }
+        budget, _ = allocator.budget_schedule(self.steps_done)
+        return Ranks(allocator.init_bgt, budget, allocator.target_bgt, values, factors)
 
     def state_dict(self) -> dict[str, Any]:
         """The moving averages of the scores, the ranks and the step, for a checkpoint."""

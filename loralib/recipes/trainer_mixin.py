@@ -26,7 +26,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from loralib.model import load_trained_tensors, trained_tensors, unwrapped
-from loralib.training import LowRankTraining, unscale
+from loralib.training import Training, unscale
 
 STATE_FILE, TRAINED_FILE = "low_rank.pt", "trained.safetensors"
 
@@ -43,12 +43,12 @@ class LowRankTrainerMixin(Trainer):
     :func:`loralib.save_adapter` writes an adapter.
 
     Args:
-        low_rank: made for the same model; its ``total_steps`` is set to the Trainer's. Any object with ``start``,
-            ``penalty``, ``before_step``, ``after_step``, ``state_dict`` and ``load_state_dict`` will do.
+        low_rank: a :class:`loralib.LowRankTraining`, or another :class:`loralib.training.Training`, made for the same
+            model; it is started with the Trainer's number of steps.
         args, kwargs: the Trainer's.
     """
 
-    def __init__(self, *args: Any, low_rank: LowRankTraining, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, low_rank: Training, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.low_rank = low_rank
         # Weak references make no cycle, so that a deleted trainer frees its memory at once.

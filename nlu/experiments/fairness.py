@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import loralib
 from nlu.arguments import Arguments
 from nlu.methods.registry import apply_without_weights, count_parameters, flag_methods
 from nlu.model import load_config, without_weights
@@ -55,11 +54,11 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     applied = apply_without_weights(model, arguments, 10**9)
     if applied is not None:  # otherwise the size is known only after the run
         trained = size = count_parameters(model)["adapter_params"]
-        if applied.low_rank.allocator is not None:
-            kept = applied.ranks.target_total_rank / applied.ranks.initial_total_rank
-            for layer in loralib.lora_layers(model).values():
-                pairs = zip(layer.lora_parameters(), layer.singular_axes(), strict=True)
-                size -= (1 - kept) * sum(factor.numel() for factor, axis in pairs if axis is not None)
+        ranks = applied.low_rank.ranks
+        if ranks is not None and ranks.target is not None:
+            pruned = 1 - ranks.target / ranks.initial
+            for factors in ranks.factors.values():
+                size -= pruned * sum(factor.numel() for factor, axis in factors if axis is not None)
     has_scale = arguments.method in flag_methods("lora_alpha")
     scale = arguments.lora_alpha / arguments.lora_r if has_scale else None
     rate = None if tuned else arguments.learning_rate

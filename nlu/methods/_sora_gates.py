@@ -7,35 +7,27 @@ import torch.nn.functional as F
 from torch import nn
 
 from loralib import LowRankTraining
+from loralib.allocator import Ranks
 from loralib.model import svd_layers
 
 
 class GateTraining(LowRankTraining):
-    """Takes the proximal step on every gate after each optimiser step, and counts the live ranks.
-
-    There is no target budget: ``target_total_rank`` is None.
+    """Takes the proximal step on every gate after each optimiser step. There is no budget of live ranks.
 
     Args:
         model: the e of its low-rank layers are the gates. sparsity: λ, ≥ 0; with 0 the gates train without a penalty.
     """
 
-    target_total_rank = None
-
     def __init__(self, model: nn.Module, sparsity: float) -> None:
         super().__init__(model, regu_weight=0)
         self.sparsity = sparsity
         self._layers = svd_layers(model)
-        self.initial_total_rank = sum(layer.r for layer in self._layers.values())
+        self._initial = sum(layer.r for layer in self._layers.values())
 
     @property
-    def rank_pattern(self) -> dict[str, list[bool]]:
-        """Module name → which of its r ranks are live (gate ≠ 0)."""
-        return {name: (layer.lora_E != 0).tolist() for name, layer in self._layers.items()}
-
-    @property
-    def live_rank(self) -> int:
-        """Live ranks over all layers."""
-        return sum(map(sum, self.rank_pattern.values()))
+    def ranks(self) -> Ranks:
+        """The gates; a rank is live if its gate is not 0."""
+        return Ranks.of_layers(self._layers, self._initial)
 
     def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
         """Also notes the gates' learning rate of this step."""

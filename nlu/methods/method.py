@@ -17,6 +17,8 @@ from nlu.arguments import Flag
 if TYPE_CHECKING:
     from torch import nn
 
+    from loralib.training import Training
+
 
 @dataclass
 class AppliedMethod:
@@ -24,24 +26,19 @@ class AppliedMethod:
 
     Attributes:
         model: the model; ``requires_grad`` marks the trainable parameters.
-        low_rank: what the Trainer mix-in of loralib drives: :class:`loralib.LowRankTraining`, by default one that
-            neither regularises nor prunes, SoRA's with its gates, or peft's AdaLoRA.
+        low_rank: what the method does beside the optimiser; by default a :class:`loralib.LowRankTraining` that neither
+            regularises nor prunes.
         own_rates: returns pairs (parameters, factor of their learning rate); called when the optimiser is made.
     """
 
     model: nn.Module
-    low_rank: Any = None
+    low_rank: Training = None
     own_rates: Callable[[], list[tuple[list[nn.Parameter], float]]] = list
 
     def __post_init__(self) -> None:
         import loralib
 
         self.low_rank = self.low_rank or loralib.LowRankTraining(self.model, regu_weight=0)
-
-    @property
-    def ranks(self) -> Any:
-        """The object that knows which ranks are live (the allocator, or SoRA's training); None without pruning."""
-        return self.low_rank if hasattr(self.low_rank, "initial_total_rank") else self.low_rank.allocator
 
     def statistics(self) -> dict[str, float]:
         """For the history: ‖ΔW‖_F by module type, singular values, orthonormality; empty without low-rank layers."""
@@ -67,21 +64,9 @@ class AppliedMethod:
 
     def pruned_params(self) -> int:
         """The number of adapter parameters that no live singular value uses. The saved adapter leaves them out (that of
-        peft's AdaLoRA does not).
-
-        It includes the outer factors of a layer without live singular values.
-        """
-        if hasattr(self.low_rank, "pruned_params"):  # peft's AdaLoRA
-            return self.low_rank.pruned_params()
-        every: dict[int, int] = {}
-        kept: dict[int, int] = {}
-        for name, mask in self.ranks.rank_pattern.items() if self.ranks else ():
-            layer, live = self.model.get_submodule(name), [i for i, is_live in enumerate(mask) if is_live]
-            for parameter, values in zip(layer.lora_parameters(), layer.select(live), strict=True):
-                every[id(parameter)] = parameter.numel()
-                if live:
-                    kept[id(parameter)] = values.numel()
-        return sum(every.values()) - sum(kept.values())
+        peft's AdaLoRA does not)."""
+        ranks = self.low_rank.ranks
+        return 0 if ranks is None else ranks.pruned_parameters()
 
 
 @dataclass(frozen=True)

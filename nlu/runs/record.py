@@ -36,7 +36,7 @@ class RunRecord(TrainerCallback):
         self.path, self.trainer = Path(arguments.root_output_dir) / RECORD, trainer
         self._peak_before = previous["peak_memory_bytes"] if previous else 0  # of the processes that stopped
         self._environment = {"versions": versions(), "git_commit": COMMIT, "machine": machine(trainer.args.device)}
-        task, ranks = trainer.task, trainer.applied.ranks
+        task, ranks = trainer.task, trainer.low_rank.ranks
         self.fields = {
             "task": task.name,
             "labels": list(task.labels) if task.labels else None,
@@ -45,8 +45,8 @@ class RunRecord(TrainerCallback):
             "seed": arguments.seed,
             "model": Path(arguments.model_name_or_path).name,
             "model_commit": getattr(trainer.applied.model.config, "_commit_hash", None),
-            "initial_budget": ranks.initial_total_rank if ranks else None,
-            "final_budget": ranks.target_total_rank if ranks else None,
+            "initial_budget": ranks.initial if ranks else None,
+            "final_budget": ranks.target if ranks else None,
             "effective_batch_size": effective_batch_size(arguments),
             "arguments": arguments.values,
             "command": arguments.command,
@@ -86,10 +86,10 @@ class RunRecord(TrainerCallback):
     def progress(self) -> dict[str, Any]:
         """The fields that change during training."""
         applied, steps, seconds = self.trainer.applied, self.trainer.state.global_step, self.trainer.clock.seconds
-        pattern = applied.ranks.rank_pattern if applied.ranks else None
+        pattern = applied.low_rank.ranks.pattern if applied.low_rank.ranks else None
         return {
             "live_adapter_params": self.fields["adapter_params"] - applied.pruned_params(),
-            "live_budget": applied.ranks.live_rank if applied.ranks else None,
+            "live_budget": pattern and sum(map(sum, pattern.values())),
             "module_ranks": pattern and {name: sum(flags) for name, flags in pattern.items()},
             "steps": steps,
             "weights_step": self.trainer.weights_step,
@@ -136,7 +136,7 @@ def say_start(record: dict[str, Any], trainer: Any) -> None:
     types = sorted({module_type(name).rpartition("layer.")[2] for name in lora_layers(trainer.model)})
     adapted = f"; adapted: {', '.join(types)}" if types else ""
     final = record["final_budget"] or "set by the gates"
-    budget = f", singular values {record['initial_budget']} to {final}" if trainer.applied.ranks else ""
+    budget = f", singular values {record['initial_budget']} to {final}" if trainer.low_rank.ranks else ""
     rate = f"learning rate {trainer.args.learning_rate:g}, " if trainer.args.do_train else ""
     say(
         f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "

@@ -27,8 +27,8 @@ def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
     """
     arguments, folder = trainer.arguments, Path(trainer.arguments.root_output_dir)
     scores = {evaluation["step"]: evaluation.get(record["metric"]) for evaluation in record["evaluations"]}
-    if trainer.applied.ranks is not None:
-        write_json(folder / "rank_pattern.json", trainer.applied.ranks.rank_pattern)
+    if (ranks := trainer.low_rank.ranks) is not None:
+        write_json(folder / "rank_pattern.json", ranks.pattern)
     try:
         loralib.save_adapter(
             trainer.applied.model,

@@ -72,19 +72,20 @@ def test_whole_schedule_equals_the_published_loop(widths, share, importance):
         skip = ("layer.1.",) if t % 7 == 0 and not share else ()
         random_step(model, torch.Generator().manual_seed(t), skip)
         random_step(twin, torch.Generator().manual_seed(t), skip)
-        allocator.update_and_mask(t)
+        allocator.step(t)
         assert allocator.budget(t) == loop.step(t)
         for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
             assert torch.equal(mine, theirs), t
         live = {name: (layer.lora_E != 0).tolist() for name, layer in loralib.lora_layers(model).items()}
-        assert allocator.rank_pattern == live and allocator.importance_scores().dtype == torch.float32
-    assert allocator.live_rank == allocator.target_total_rank == 6
+        assert allocator.ranks(t).pattern == live and allocator.importance_scores().dtype == torch.float32
+    ranks = allocator.ranks(40)
+    assert (ranks.initial, ranks.budget, ranks.target, ranks.live) == (12, 6, 6, 6)
     resumed = loralib.RankAllocator(model, target_rank=2, importance=importance, **SCHEDULE)
     resumed.load_state_dict(allocator.state_dict())
     next(iter(loralib.lora_layers(model).values())).lora_E.requires_grad_(False)
     random_step(model, torch.Generator().manual_seed(41))
-    resumed.update_and_mask(40)  # the mask is fixed: the budget is not divided anew among the others
-    assert resumed.rank_pattern == live
+    resumed.step(40)  # the mask is fixed: the budget is not divided anew among the others
+    assert resumed.ranks(40).pattern == live
 
 
 def allocator_of(model, **changes):
@@ -116,7 +117,7 @@ def test_agrees_with_pefts_adalora_over_a_whole_schedule():
         random_step(ours, torch.Generator().manual_seed(t))
         for own, other in pairs:
             other.data, other.grad = own.detach().clone().view_as(other), own.grad.view_as(other)
-        allocator.update_and_mask(t)
+        allocator.step(t)
         peer_budget, _ = peer_allocator.update_and_allocate(inner, t)
         assert allocator.budget(t) == peer_budget
         assert all(torch.equal(own.view_as(other), other) for own, other in pairs), t
@@ -134,9 +135,9 @@ def test_ties_keep_the_later_names_and_indices_for_any_order_of_modules(order):
         p.grad = torch.ones_like(p)
     allocator = loralib.RankAllocator(model, 10, 1, init_warmup=0, final_warmup=1, mask_interval=1)
     for t in (1, 2):
-        allocator.update_and_mask(t)
+        allocator.step(t)
     budget = allocator.budget(2)
-    live = [value for mask in allocator.rank_pattern.values() for value in mask]
+    live = [value for mask in allocator.ranks(2).pattern.values() for value in mask]
     assert budget % 4 and live == [False] * (12 - budget) + [True] * budget
 
 

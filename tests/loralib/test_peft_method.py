@@ -133,7 +133,7 @@ def prune(model, steps=6):
                 parameter -= 1e-6 * parameter.grad
         low_rank.after_step()
         model.zero_grad()
-    return low_rank.allocator.rank_pattern
+    return low_rank.ranks.pattern
 
 
 def test_regulariser_and_allocator_work_and_do_not_change_other_adapters(tmp_path):

@@ -87,7 +87,7 @@ def test_loss_scale_changes_no_mask(constraint):
             scaler.update()
             optimizer.zero_grad()
         assert training.allocator.importance_scores().isfinite().all()
-        return training.allocator.rank_pattern
+        return training.ranks.pattern
 
     assert masks(1024.0) == masks(1)
 
@@ -147,7 +147,7 @@ def test_resume_in_a_plain_loop_as_documented(stop, tmp_path, monkeypatch):
     exec(load, names | {"model": again, "low_rank": low_rank, "optimizer": other})
     stepped(low_rank, 8 - stop, other)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
-    assert low_rank.steps_done == 8 and low_rank.allocator.live_rank == training.allocator.live_rank == 6
+    assert low_rank.steps_done == 8 and low_rank.ranks.live == training.ranks.live == 6
 
 
 def test_training_without_total_steps_takes_it_from_the_state_and_cannot_prune_before():
@@ -164,6 +164,24 @@ def test_training_without_total_steps_takes_it_from_the_state_and_cannot_prune_b
         stepped(loralib.LowRankTraining(adapted(), 1), 2)
 
 
+@pytest.mark.parametrize("options, error", [
+    ({"mask_intervall": 5}, TypeError), ({"mask_interval": 0}, ValueError), ({"target_rank": 9}, ValueError),
+    ({"beta1": 2}, ValueError), ({"terms": "vu"}, ValueError),
+])  # fmt: skip
+def test_a_wrong_option_is_refused_before_the_number_of_steps_is_known(options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        loralib.LowRankTraining(model_to_prune(), **{"target_rank": 4} | options)
+
+
+def test_a_state_from_before_the_start_resumes_a_training_that_has_not_started():
+    saved = loralib.LowRankTraining(model_to_prune(), target_rank=2).state_dict()
+    training = loralib.LowRankTraining(model_to_prune(), target_rank=2)
+    training.load_state_dict(saved)
+    assert (training.total_steps, training.steps_done, training.ranks) == (None, 0, None)
+    with pytest.raises(ValueError, match="same target_rank and total_steps"):
+        loralib.LowRankTraining(model_to_prune(), 12, target_rank=2).load_state_dict(saved)
+
+
 @pytest.mark.parametrize("total, options", [(1, {}), (10, {"final_warmup": 9, "mask_interval": 1})])
 def test_very_short_training_prunes_by_scores(total, options):
     """Without scores, singular values would be pruned in the order of the layers' names."""
@@ -177,7 +195,7 @@ def test_very_short_training_prunes_by_scores(total, options):
         for factor in layers["layer.0.q"].lora_parameters():
             factor.grad.fill_(10.0)
         training.after_step()
-    assert sum(training.allocator.rank_pattern["layer.0.q"]) == training.allocator.live_rank == 3
+    assert sum(training.ranks.pattern["layer.0.q"]) == training.ranks.live == 3
 
 
 @pytest.mark.parametrize("count, at", [(1, 1), (1, 4), (3, 2)])
@@ -258,4 +276,4 @@ def test_pruning_without_gradients_is_refused():
         pytest.raises(ValueError, match="before the gradients are cleared"),
     ):
         training.after_step()
-    assert training.allocator.rank_pattern["layers.2.q"] == [True] * 4
+    assert training.ranks.pattern["layers.2.q"] == [True] * 4

@@ -145,7 +145,7 @@ def run_watched(flags: list[str], stop_after: int | None = None) -> None:
         frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
-            "ranks": trainer.applied.ranks.rank_pattern if trainer.applied.ranks else None,
+            "ranks": trainer.low_rank.ranks.pattern if trainer.low_rank.ranks else None,
             "batch": effective_batch_size(trainer.args),
             "dropout_seed": torch.initial_seed(),
             # of the part that this process holds

@@ -116,6 +116,6 @@ def test_sora_gates_follow_a_proximal_gradient_reference():
         reference = np.sign(step) * np.maximum(np.abs(step) - 0.05, 0)
         np.testing.assert_allclose(layer.lora_E.detach().numpy(), reference, atol=1e-5)
     np.testing.assert_allclose(reference, [1.0, 0, 0, -1.5], atol=1e-6)
-    name = next(iter(gates.rank_pattern))
-    assert gates.rank_pattern[name] == [True, False, False, True]
-    assert gates.live_rank == sum(int((x.lora_E != 0).sum()) for x in loralib.lora_layers(model).values())
+    name = next(iter(gates.ranks.pattern))
+    assert gates.ranks.pattern[name] == [True, False, False, True]
+    assert gates.ranks.live == sum(int((x.lora_E != 0).sum()) for x in loralib.lora_layers(model).values())

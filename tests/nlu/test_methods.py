@@ -184,11 +184,11 @@ def test_parameter_counts_are_those_of_the_papers(kind, method, modules, expecte
     applied, counts = applied_counts(method, kind, lora_module=modules)
     width = REAL_SIZES[kind]["hidden_size"]
     assert counts["adapter_params"] == expected and counts["head_params"] == width * width + width + width * 2 + 2
-    if applied.ranks is not None and modules == "auto":
+    if (ranks := applied.low_rank.ranks) is not None and modules == "auto":
         layers, r = 6 * REAL_SIZES[kind]["num_hidden_layers"], CONFIGS[method].get("lora_r", 8)
-        assert applied.ranks.initial_total_rank == layers * r
-        if applied.low_rank.allocator is not None:
-            assert applied.ranks.target_total_rank == layers * CONFIGS[method].get("target_rank", r)
+        assert ranks.initial == layers * r
+        if method.partition("_")[0] != "sora":  # its gates have no budget
+            assert ranks.target == layers * CONFIGS[method].get("target_rank", r)
 
 
 @pytest.mark.parametrize("kind, shared, plain, k", [
@@ -280,6 +280,9 @@ def test_pruned_parameters_of_pefts_adalora_are_the_rows_and_columns_of_its_zero
             layer.lora_E["default"][3:] = 1
     sides = [layer.in_features + layer.out_features for layer in applied.low_rank.layers.values()]
     assert len(sides) == 12 and applied.pruned_params() == sum(3 * (1 + side) for side in sides)
+    ranks = applied.low_rank.ranks
+    assert set(map(tuple, ranks.pattern.values())) == {(False,) * 3 + (True,) * (ranks.initial // 12 - 3)}
+    assert (ranks.live, ranks.budget) == (ranks.initial - 36, ranks.initial) and 0 < ranks.target < ranks.initial
 
 
 @pytest.mark.parametrize("content, message", [
