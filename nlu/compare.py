@@ -1,4 +1,5 @@
 """Compare methods on one task: train each with the same seeds, and write a table, an answer and figures.
+(For several tasks write an experiment file for nlu/sweep.py.)
 
     python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --tune
     python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR \\
@@ -6,7 +7,7 @@
     python nlu/compare.py --task_name rte --published deberta-v3-base --methods lora2,lora:lora_alpha=64
 
 All other flags go to nlu/run_glue.py, for every method; NAME:flag=value in --methods sets a flag for one method.
-The first method is the reference for the others. After an interruption, the same command continues.
+After an interruption, the same command continues.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nlu import METHOD_FOLDER
 from nlu.arguments import positive_int
 from nlu.command_line import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, program
@@ -64,7 +66,9 @@ def main(words: Sequence[str]) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     notes = [f"Not alike: {warning}." for warning in warnings]
-    run_all = partial(_run, args, LocalLauncher(args.jobs))
+    launcher = LocalLauncher(args.jobs, use_cpu=parsed[next(iter(parsed))].use_cpu)
+    print(f"devices: {launcher}")
+    run_all = partial(_run, args, launcher)
     code, tried = 0, []
     if tuning is not None:
         tuned = tuning.find(run_all)
@@ -88,13 +92,15 @@ def own_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
+    add("--reference", metavar="NAME", help="the one of --methods that the others are compared with (the first)")
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
     add("--tune", nargs="?", const="", metavar="RATES",
         help="first choose each method's learning rate by its score on a held-out tenth of the training set, from "
         f"RATES or {RATES} (a method whose file has a rate, such as full: from three around it); these runs are named "
-        "NAME_tuning")  # fmt: skip
+        "NAME_tuning; --holdout_fraction changes the tenth)")  # fmt: skip
     add("--name", help="name of the comparison (default: compare-TASK, or compare-FILE for your own data)")
-    add("--jobs", type=positive_int, default=1, metavar="N", help="runs at once (1); with more, step times vary more")
+    add("--jobs", type=positive_int, metavar="N",
+        help="runs at once (default: one for each device, or one); sharing a device, step times vary more")  # fmt: skip
     add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")
     add("--rerun_changed", action="store_true", help="repeat the runs made with other arguments or contents")
     return parser
@@ -123,23 +129,40 @@ def _run(
 
 def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     """The comparison as an experiment: methods × seeds, and with --tune its section `tune`."""
-    specs = {spec: _spec(spec) for spec in args.methods.split(",")}
+    specs = {spec: _spec(spec) for spec in split_methods(args.methods)}
+    if args.reference not in (None, *specs):
+        raise UsageError(f"--reference {args.reference} is none of --methods: {', '.join(specs)}")
+    specs = {
+        spec: specs[spec] for spec in sorted(specs, key=lambda spec: spec != args.reference)
+    }  # the first one is it
     data = flags.get("task_name") or re.sub("[^A-Za-z0-9_.-]+", "_", Path(flags.get("train_file", "own")).stem)
     name = args.name or f"compare-{data}"
     usual = {"do_train": True, "do_eval": True}
     if "published" not in flags:
         usual["eval_strategy"] = "steps" if "eval_steps" in flags else "epoch"
+    base = {**usual, **flags}
     grid = {"method": specs, "seed": list(range(1, args.seeds + 1))}
     tune = None
     if args.tune is not None:
-        for flag in ("learning_rate", "holdout_fraction"):
-            if any(flag in values for values in (flags, *specs.values())):
-                raise UsageError(f"--tune sets --{flag} itself: leave it out")
+        if any("learning_rate" in values for values in (flags, *specs.values())):
+            raise UsageError("--tune sets --learning_rate itself: leave it out")
         tune = {
             "learning_rate": {spec: _rates(args.tune, own["method"]) for spec, own in specs.items()},
             "share_of_steps": 1,
+            "holdout_fraction": base.pop("holdout_fraction", 0.1),
         }
-    return make_experiment(name, grid, base={**usual, **flags}, tune=tune)
+    return make_experiment(name, grid, base=base, tune=tune)
+
+
+def split_methods(text: str) -> list[str]:
+    """NAME,NAME:flag=value,… as its parts; a comma inside a value (lora_module=query,value) does not separate them."""
+    parts: list[str] = []
+    for part in text.split(","):
+        if parts and ":" in parts[-1] and not (METHOD_FOLDER / f"{part.partition(':')[0]}.yaml").is_file():
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return parts
 
 
 def _spec(spec: str) -> dict[str, Any]:

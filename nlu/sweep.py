@@ -30,13 +30,15 @@ from pathlib import Path
 from typing import Any
 
 from nlu.arguments import positive_int
-from nlu.errors import OneLineParser, UsageError, program
+from nlu.data.glue import required_files
+from nlu.errors import OneLineParser, UsageError, program, reason
 from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.lines import read_lines
 from nlu.experiments.sweep_loop import Sweep
 from nlu.json_yaml import parse_yaml
 from nlu.runs.identity import INPUTS
+from nlu.tasks import TASKS
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("experiment", type=Path, help="an experiment file, such as configs/experiments/evidence.yaml")
     add("--set", type=_pair, action="append", default=[], metavar="FLAG=VALUE",
         help="an argument for every run; repeat as needed")  # fmt: skip
-    add("--jobs", type=positive_int, metavar="N", help="runs at once (local: 1; slurm: all)")
+    add("--jobs", type=positive_int, metavar="N",
+        help="runs at once (default: one for each device, and one without; slurm: all)")  # fmt: skip
+    add(
+        "--gpus_per_run",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="devices of a run, with torchrun in --command (1)",
+    )
     add("--only", metavar="REGEX", help="only runs whose name matches")
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
@@ -54,8 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--slurm", type=_pair, action="append", default=[], metavar="KEY=VALUE",
         help="run on a Slurm cluster, with this parameter of submitit's executor; repeat as needed")  # fmt: skip
     add("--command", type=shlex.split, default=RUN_GLUE,
-        help="what starts one run, such as 'torchrun --nproc_per_node 2 nlu/run_glue.py'; run_glue.py's flags are "
-        "appended")  # fmt: skip
+        help="what starts one run, such as 'torchrun --standalone --nproc_per_node 2 nlu/run_glue.py'; run_glue.py's "
+        "flags are appended")  # fmt: skip
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (output)")
     return parser
@@ -74,11 +84,11 @@ def main(words: Sequence[str]) -> int:
     experiment = load_experiment(args.experiment, dict(args.set))
     if args.only is not None:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
-    # A wrong flag shows now, not after hours; runs that differ only in seed are read once.
-    for run in {str(run.arguments | {"seed": None}): run for run in experiment.runs}.values():
-        run.parse()
+    check(experiment.runs)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
-    run_all = partial(_show, args) if args.dry_run else partial(_run, args, _launcher(args, experiment.name))
+    launcher = _launcher(args, experiment)
+    print(f"devices: {launcher}")
+    run_all = partial(_show, args) if args.dry_run else partial(_run, args, launcher)
     code, finals = 0, experiment
     if any(run.rates for run in experiment.runs):
         from nlu.experiments.tuning import Tuning  # takes seconds
@@ -95,10 +105,11 @@ def main(words: Sequence[str]) -> int:
     return max(code, run_all(finals)[0])
 
 
-def _launcher(args: argparse.Namespace, name: str) -> LocalLauncher | SlurmLauncher:
+def _launcher(args: argparse.Namespace, experiment: Experiment) -> LocalLauncher | SlurmLauncher:
     if args.slurm:
-        return SlurmLauncher(args.output_dir / name / "logs/submitit", dict(args.slurm), args.jobs or sys.maxsize)
-    return LocalLauncher(args.jobs or 1)
+        folder = args.output_dir / experiment.name / "logs/submitit"
+        return SlurmLauncher(folder, dict(args.slurm), args.jobs or sys.maxsize)
+    return LocalLauncher(args.jobs, args.gpus_per_run, all(run.arguments.get("use_cpu") for run in experiment.runs))
 
 
 def _run(
@@ -116,6 +127,29 @@ def _show(args: argparse.Namespace, experiment: Experiment) -> tuple[int, dict[s
     for run in experiment.runs:
         print(f"{states[run.name]:<10}{run.name}\n    {shlex.join(sweep.command_line(run))}")
     return 0, read_lines(sweep.measured)
+
+
+def check(runs: list[Run]) -> None:
+    """Refuse now, not after hours, what a run would refuse; runs that differ only in seed are checked once.
+
+    Raises:
+        UsageError: a wrong flag, or data that are not there; the message names a run.
+    """
+    for run in {str(run.arguments | {"seed": None}): run for run in runs}.values():
+        values = run.parse()
+        held_out, task = values.holdout_fraction is not None, TASKS.get(values.task_name)
+        wanted = {"train": values.do_train, "validation": values.do_eval and not held_out, "test": values.do_predict}
+        try:
+            if task is None:
+                files = [getattr(values, f"{split}_file") for split in wanted if wanted[split]]
+                for file in filter(None, files):
+                    with open(file, "rb"):
+                        pass
+            elif values.glue_dir:
+                for split in [split for split in task.splits if wanted[split.partition("_")[0]]]:
+                    required_files(task, split, values.glue_dir)
+        except (UsageError, OSError) as error:
+            raise UsageError(f"{run.name}: {reason(error)}") from None
 
 
 def _only(runs: list[Run], only: str) -> list[Run]:

@@ -33,11 +33,7 @@ def load_split(
     """
     if glue_dir is None:
         return _from_hub(task, split, cache_dir)
-    paths = split_files(task, split, glue_dir)
-    if not paths:
-        places = ", ".join(map(str, _official_files(task, split, glue_dir)))
-        named = Path(glue_dir) / task.name / split
-        raise UsageError(f"no {split} split of {task.name}: looked for {named}.jsonl (.json, .parquet, .csv), {places}")
+    paths = required_files(task, split, glue_dir)
     official, hidden = paths[0].suffix == ".tsv", split in task.test_splits
     names = dict(task.official_names) if official else {}
     text, label = [names.get(field, field) for field in task.text_fields], names.get("label", "label")
@@ -121,6 +117,16 @@ def split_files(task: Task, split: str, glue_dir: str | Path) -> list[Path]:
                 raise UsageError(f"{folder}: {split} has {len(shards)} file(s) and not those of {shards[0].name}")
             return shards
     return [path for path in _official_files(task, split, glue_dir) if path.is_file()][:1]
+
+
+def required_files(task: Task, split: str, glue_dir: str | Path) -> list[Path]:
+    """The files of a split as :func:`split_files` finds them; raises UsageError if there are none."""
+    paths = split_files(task, split, glue_dir)
+    if not paths:
+        places = ", ".join(map(str, _official_files(task, split, glue_dir)))
+        named = Path(glue_dir) / task.name / split
+        raise UsageError(f"no {split} split of {task.name}: looked for {named}.jsonl (.json, .parquet, .csv), {places}")
+    return paths
 
 
 def _official_files(task: Task, split: str, glue_dir: str | Path) -> list[Path]:

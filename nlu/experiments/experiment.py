@@ -149,7 +149,7 @@ def make_experiment(
     """A checked experiment from the keys of an experiment file.
 
     Args:
-        settings: arguments given on the command line; they win over `base`, labels and `overrides`.
+        settings: arguments given on the command line; they win over `base` and `overrides`.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise UsageError(f"the name {name} must be a word of letters, digits, _ . and - (it becomes a folder)")
@@ -167,6 +167,9 @@ def make_experiment(
             arguments |= _override(axes, choices, **rule)
         row, data = (", ".join(_words({axis: axes[axis] for axis in part})) for part in (rows, sorted(tasks)))
         rates = tuning.rates(axes, choices) if tuning else ()
+        for axis, labels in grid.items():
+            if isinstance(labels, dict) and (own := {*choices[axis][axes[axis]]} & {*(settings or {})}):
+                raise UsageError(f"{min(own)} is set by grid.{axis} {axes[axis]}; do not set it elsewhere too")
         arguments |= settings or {}
         if rates:
             if "learning_rate" in {*choices, *(settings or {})} or arguments.get("holdout_fraction"):

@@ -1,4 +1,4 @@
-"""How a sweep starts its runs: as processes of this machine, or as jobs of a Slurm cluster."""
+"""How a sweep starts its runs: as processes of this machine, each on its own devices, or as jobs of a Slurm cluster."""
 
 from __future__ import annotations
 
@@ -6,38 +6,79 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from nlu import ROOT
 from nlu.errors import UsageError, reason
 
+_VARIABLES = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}  # by torch's type of device
+ON = "devices: "  # begins the line of a log that names a run's devices
 RUN_GLUE = [sys.executable, str(ROOT / "nlu/run_glue.py")]  # the command of one run; its flags are appended
 
 
 class LocalLauncher:
-    """Starts runs as child processes, `jobs` at once, with OMP_NUM_THREADS threads each (default: cores / jobs)."""
+    """Starts runs as child processes with devices of their own, and OMP_NUM_THREADS threads for each process.
 
-    def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // jobs))
+    Attributes:
+        jobs: runs at once; by default one for each group of devices, and one without devices.
+        groups: values of the environment variable that names a run's devices.
+    """
+
+    def __init__(self, jobs: int | None = None, gpus_per_run: int = 1, use_cpu: bool = False) -> None:
+        self.variable, devices = ("", []) if use_cpu else visible_devices()
+        if gpus_per_run > max(1, len(devices)):
+            raise UsageError(f"--gpus_per_run {gpus_per_run}: {len(devices)} devices are visible")
+        starts = range(0, len(devices) - gpus_per_run + 1, gpus_per_run)
+        self.groups = [",".join(devices[start : start + gpus_per_run]) for start in starts]
+        self.jobs = jobs or max(1, len(self.groups))
+        self.held: list[tuple[str, LocalJob | EarlierJob]] = []  # a group, and a job that has it
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // (self.jobs * gpus_per_run)))
         self.environment = os.environ | {"OMP_NUM_THREADS": threads}  # MKL and OpenBLAS read it too
 
+    def __str__(self) -> str:
+        """What the runs have of the machine."""
+        if not self.groups:
+            return f"{self.jobs} run(s) at once, without a GPU"
+        shared = f"; {self.jobs} runs at once share them" if self.jobs > len(self.groups) else ""
+        return f"{self.variable}={' or '.join(self.groups)} for a run{shared}"
+
     def start(self, command: list[str], log: Path) -> LocalJob:
-        """Start a command; its output is appended to the log.
+        """Start a command on the devices that the fewest jobs have; its output is appended to the log.
 
         Raises:
             OSError: the command cannot be run at all.
         """
+        group = self._free_group()
+        environment = self.environment | ({self.variable: group} if group else {})
         with open(log, "ab") as output:
-            return LocalJob(
+            if group:
+                output.write(f"{ON}{self.variable}={group}\n".encode())
+                output.flush()
+            job = LocalJob(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=self.environment,
+                env=environment,
                 start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
             )
+        self.held.append((group, job))
+        return job
+
+    def adopt(self, lock: Path, log: Path) -> EarlierJob:
+        """The job of a run that an earlier sweep started and that still goes. It keeps its devices."""
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        group = next((line.rpartition("=")[2] for line in reversed(lines) if line.startswith(ON)), "")
+        self.held.append((group, EarlierJob(lock)))
+        return self.held[-1][1]
+
+    def _free_group(self) -> str:
+        self.held = [(group, job) for group, job in self.held if job.poll() is None]
+        used = Counter(group for group, _ in self.held)
+        return min(self.groups, key=lambda group: used[group], default="")
 
 
 class LocalJob(subprocess.Popen):
@@ -47,6 +88,21 @@ class LocalJob(subprocess.Popen):
         """Ask the process to save and end, or kill it at once."""
         if self.poll() is None:
             os.killpg(self.pid, signal.SIGKILL if at_once else signal.SIGTERM)
+
+
+class EarlierJob:
+    """A run that another process started: it goes as long as the lock of its folder is held."""
+
+    def __init__(self, lock: Path) -> None:
+        self.lock, self.left = lock, False
+
+    def poll(self) -> int | None:
+        """None while it goes; then 0, whatever its end was."""
+        return 0 if self.left or not is_held(self.lock) else None
+
+    def stop(self, at_once: bool = False) -> None:
+        """Leave it alone: it is not this sweep's."""
+        self.left = True
 
 
 class SlurmLauncher:
@@ -66,6 +122,13 @@ class SlurmLauncher:
         except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
             raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
         self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
+
+    def __str__(self) -> str:
+        return "jobs of the cluster"
+
+    def adopt(self, lock: Path, log: Path) -> EarlierJob:
+        """The job of a run that an earlier sweep started and that still goes, on a disk with locks."""
+        return EarlierJob(lock)
 
     def start(self, command: list[str], log: Path) -> SlurmJob:
         """Submit a command that runs in the current folder; its output is appended to the log.
@@ -114,3 +177,38 @@ class SlurmJob:
 def available_cores() -> int:
     """Cores this process may use (fewer than the machine's inside a container or under taskset)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds the lock of a run's folder (as far as the disk has locks)."""
+    try:
+        import fcntl
+
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        pass
+    return False
+
+
+def visible_devices() -> tuple[str, list[str]]:
+    """The environment variable that chooses among devices, and the devices that this process may use.
+
+    They are called as in the variable, if it is set (numbers or UUIDs), and otherwise 0, 1, …
+    """
+    if version("torch").endswith("+cpu"):  # importing torch takes seconds
+        return "", []
+    import torch
+
+    kind = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else ""
+    if kind not in _VARIABLES:
+        return "", []
+    variable = _VARIABLES[kind]
+    # AMD's runtime reads both, this one first.
+    if torch.version.hip and ("HIP_VISIBLE_DEVICES" in os.environ or variable not in os.environ):
+        variable = "HIP_VISIBLE_DEVICES"
+    names = os.environ.get(variable)
+    count = torch.accelerator.device_count()
+    return variable, [name.strip() for name in names.split(",")] if names else [str(number) for number in range(count)]

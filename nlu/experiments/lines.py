@@ -6,6 +6,7 @@ versions, the commit, the processor and the digests of what the run read. The fu
 """
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -25,6 +26,7 @@ COPIED = (
     "versions", "machine", "git_commit", "module_ranks", "digests", "constant_loss", "rate_sum",
 )  # fmt: skip
 
+_FIELDS = {"run": str, "status": str, "label": str, "axes": dict, "arguments": dict}  # of every line
 
 # ---- from a run's record to its line ---------------------------------------------------------------------------------
 
@@ -124,12 +126,35 @@ def read_lines(path: Path) -> dict[str, dict[str, Any]]:
     lines: dict[str, dict[str, Any]] = {}
     for number, text in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            line = json.loads(text)
-            run, _ = line["run"], line["status"]  # both are needed
-            if run in lines:
-                raise ValueError(f"the run {run} is on another line too")
+            line = json.loads(text, parse_constant=_refuse)
+            _check(line)
+            if line["run"] in lines:
+                raise ValueError(f"the run {line['run']} is on another line too")
         except (KeyError, TypeError, ValueError) as error:
             what = f"{path}:{number}: damaged ({one_line(error)})"
-            raise UsageError(f"{what}; restore the line, or delete it to run it again") from None
-        lines[run] = line
+            raise UsageError(f"{what}; restore the line, or delete it to have it written again") from None
+        lines[line["run"]] = line
     return lines
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number of JSON")
+
+
+def _check(line: dict[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError if a line lacks what tables need, or has a score that none can be."""
+    for name, kind in _FIELDS.items():
+        if type(line[name]) is not kind:
+            raise TypeError(f"{name} is not of type {kind.__name__}")
+    if line["status"] not in ("finished", "failed"):
+        raise ValueError(f"unknown status {line['status']}")
+    if line["status"] == "finished":
+        evaluations = line["evaluations"]
+        steps, losses, scores = (evaluations[name] for name in ("step", "loss", line["metric"]))
+        numbers = [line["seed"], line["last"], *steps, *losses, *scores]
+        if not steps or not len(steps) == len(losses) == len(scores) or not all(map(math.isfinite, numbers)):
+            raise ValueError("an evaluation has no step, loss or score")
+        if type(line["seed"]) is not int or max(map(abs, [line["last"], *scores])) > 1:
+            raise ValueError("the seed is a whole number, and a score is at most 1")
+        if not {"task", "method"} <= line.keys():
+            raise KeyError("task, method")

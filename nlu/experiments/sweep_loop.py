@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -15,13 +15,22 @@ from loralib.files import locked
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run, portable
-from nlu.experiments.launchers import LocalJob, LocalLauncher, SlurmJob, SlurmLauncher
+from nlu.experiments.launchers import ON, EarlierJob, LocalJob, LocalLauncher, SlurmJob, SlurmLauncher, is_held
 from nlu.experiments.lines import measured_line, read_lines, write_line
 from nlu.json_yaml import read_json
 from nlu.runs.identity import FREE, changes, content_digests
 from nlu.runs.signals import handled_by
 
 _POLL_SECONDS = 0.1
+LOCK, RECORD = ".lock", "results.json"  # as in nlu/runs/folder.py, which imports torch
+
+
+class Started(NamedTuple):
+    """A run that goes: the time of the record that it found when it started, and its job."""
+
+    run: Run
+    found: int | None
+    job: LocalJob | SlurmJob | EarlierJob
 
 
 class Sweep:
@@ -43,19 +52,39 @@ class Sweep:
         return self.folder / "logs" / f"{run.name}.log"
 
     def states(self) -> dict[str, str]:
-        """Name → `finished`; `changed`: finished, but with other arguments or contents; `failed`; or `to do`.
-
-        Interrupted runs are `to do` as well: nlu/run_glue.py resumes them from what their folder holds.
+        """Name → `finished`; `changed`: finished, but with other arguments or contents; `failed`; or :meth:`state`.
 
         Raises:
             UsageError: a line is damaged; the message names it.
         """
         lines, states = read_lines(self.measured), {}
         for run in self.runs:
-            line = lines.get(run.name, {"status": "to do"})
-            changed = line["status"] == "finished" and self.changes(run, line)
-            states[run.name] = "changed" if changed else line["status"]
+            line = lines.get(run.name)
+            changed = line and line["status"] == "finished" and self.changes(run, line)
+            states[run.name] = "changed" if changed else line["status"] if line else self.state(run)
         return states
+
+    def state(self, run: Run) -> str:
+        """What the folder of a run without a line says: `running`, for an earlier sweep that was killed; `ended`: it
+        has finished meanwhile; or `to do`: it starts, or resumes from what the folder holds.
+        """
+        if is_held(self.folder / run.name / LOCK):
+            return "running"
+        with contextlib.suppress(UsageError):  # a damaged record is run_glue's to report
+            line = self.line_of(run)
+            if line and line["status"] == "finished" and not self.changes(run, line):
+                return "ended"
+        return "to do"
+
+    def line_of(self, run: Run) -> dict[str, Any] | None:
+        """The line that follows from the record in a run's folder; None if the run has not ended.
+
+        Raises:
+            UsageError: the record is damaged.
+        """
+        folder = self.folder / run.name
+        record = read_json(folder / RECORD, f"delete {folder} to run it again") or {}
+        return measured_line(run, record) if record.get("status") in ("finished", "failed") else None
 
     def changes(self, run: Run, line: dict[str, Any]) -> str:
         """How a line differs from the run that is asked for: arguments, old → new, and the contents of inputs."""
@@ -74,7 +103,7 @@ class Sweep:
     def record_time(self, run: Run) -> int | None:
         """When the run's record was last written, in nanoseconds; None without a record."""
         with contextlib.suppress(OSError):
-            return (self.folder / run.name / "results.json").stat().st_mtime_ns
+            return (self.folder / run.name / RECORD).stat().st_mtime_ns
         return None
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -93,23 +122,21 @@ class Sweep:
         """
         for folder in (self.folder / "logs", self.measured.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        in_use = UsageError(f"another sweep is running in {self.folder}; wait for it or stop it")
-        with locked(self.folder / ".lock", in_use):
+        in_use = f"another sweep is running in {self.folder}, or writes {self.measured}; wait for it or stop it"
+        lines_lock = self.measured.with_name(
+            f".{self.measured.stem}.lock"
+        )  # a sweep of this name may have another folder
+        caught = [signal.SIGINT, signal.SIGTERM]
+        # A cluster's jobs outlive the terminal, and so does a sweep under nohup.
+        if isinstance(launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            caught.append(signal.SIGHUP)
+        with contextlib.ExitStack() as held:
+            for lock in (self.folder / LOCK, lines_lock):
+                held.enter_context(locked(lock, UsageError(in_use)))
             states = self.states()
-            changed = [run for run in self.runs if states[run.name] == "changed"]
-            if changed and not rerun_changed:
-                differences = self.changes(changed[0], read_lines(self.measured)[changed[0].name])
-                raise UsageError(
-                    f"{len(changed)} run(s), for example {changed[0].name}, were made with other arguments or "
-                    f"contents ({differences}); pass --rerun_changed to repeat them, or give the experiment a new name "
-                    "(with compare.py: --name)"
-                )
-            caught = [signal.SIGINT, signal.SIGTERM]
-            # A cluster's jobs outlive the terminal, and so does a sweep under nohup.
-            if isinstance(launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                caught.append(signal.SIGHUP)
-            with handled_by(lambda number, _: self.signals.append(number), caught):
-                self._keep_running(launcher, states, rerun_changed)
+            self._refuse_changed([run for run in self.runs if states[run.name] == "changed" and not rerun_changed])
+            held.enter_context(handled_by(lambda number, _: self.signals.append(number), caught))
+            self._keep_running(launcher, states, rerun_changed)
         for name, reason in self.failures.items():
             print(f"failed: {name}: {reason}", file=sys.stderr)
         counts = f"{self.finished} run(s) finished now, {len(self.failures)} failed"
@@ -119,6 +146,15 @@ class Sweep:
             return 128 + self.signals[0]
         return 1 if self.failures else 0
 
+    def _refuse_changed(self, runs: list[Run]) -> None:
+        if runs:
+            differences = self.changes(runs[0], read_lines(self.measured)[runs[0].name])
+            raise UsageError(
+                f"{len(runs)} run(s), for example {runs[0].name}, were made with other arguments or "
+                f"contents ({differences}); pass --rerun_changed to repeat them, or give the experiment a new name "
+                "(with compare.py: --name)"
+            )
+
     def _keep_running(
         self, launcher: LocalLauncher | SlurmLauncher, states: dict[str, str], rerun_changed: bool
     ) -> None:
@@ -127,20 +163,15 @@ class Sweep:
         total, done = len(self.runs), len(self.runs) - len(pending)
         # The time left follows from the runs made now, by their mean (smoothing 0), because they end in groups.
         bar = tqdm(total=total, initial=done, desc=self.measured.stem, unit="run", mininterval=interval, smoothing=0)
-        # Name → the run, the time of the record that it found when it started, and its job.
-        running: dict[str, tuple[Run, int | None, LocalJob | SlurmJob]] = {}
+        running: dict[str, Started] = {}  # by the run's name
         told = 0  # signals that have been passed on
         try:
             while (pending and not self.signals) or running:
                 while pending and not self.signals and len(running) < launcher.jobs:
                     run = pending.pop(0)
-                    command, found = self.command_line(run), self.record_time(run)
-                    if states[run.name] == "failed" or rerun_changed:
-                        command.append("--overwrite_output_dir")  # replaces another run, and resumes this one
-                    if states[run.name] in ("failed", "changed"):
-                        write_line(self.measured, run.name, None)
                     try:
-                        running[run.name] = run, found, launcher.start(command, self.log(run))
+                        if started := self._start(run, states[run.name], launcher, rerun_changed):
+                            running[run.name] = started
                     except UsageError as error:  # from a cluster
                         if not running and not self.finished:  # the others would be refused as well
                             raise
@@ -150,8 +181,12 @@ class Sweep:
                     code = job.poll()
                     if code is not None:
                         del running[name]
-                        self._ended(run, code, found)
-                        bar.update(done + self.finished + len(self.failures) - bar.n)
+                        if isinstance(job, EarlierJob):
+                            pending.insert(0, run)  # its folder says whether it has finished
+                        else:
+                            self._ended(run, code, found)
+                if ended := done + self.finished + len(self.failures) - bar.n:
+                    bar.update(ended)
                 if len(self.signals) > told:
                     told = len(self.signals)
                     for *_, job in running.values():
@@ -164,16 +199,33 @@ class Sweep:
         finally:
             bar.close()
 
+    def _start(
+        self, run: Run, state: str, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool
+    ) -> Started | None:
+        """Start a run, or wait for an earlier sweep's; None if it has finished meanwhile, and has its line now."""
+        if state not in ("failed", "changed"):
+            state = self.state(run)
+        if state == "running":
+            tqdm.write(f"{run.name}: an earlier sweep's process still runs it; waiting for its end", file=sys.stderr)
+            return Started(run, None, launcher.adopt(self.folder / run.name / LOCK, self.log(run)))
+        if state == "ended":
+            self._ended(run, 0, None)
+            return None
+        command, found = self.command_line(run), self.record_time(run)
+        if state == "failed" or rerun_changed:
+            command.append("--overwrite_output_dir")  # replaces another run, and resumes this one
+        if state in ("failed", "changed"):
+            write_line(self.measured, run.name, None)
+        return Started(run, found, launcher.start(command, self.log(run)))
+
     def _ended(self, run: Run, code: int, found: int | None) -> None:
         """Write the line of a run that has finished or failed, and note a failure."""
-        folder, line = self.folder / run.name, {}
+        line: dict[str, Any] = {}
         try:
             # A start that failed before it wrote a record leaves the record of an earlier start.
-            if code == 0 or self.record_time(run) != found:
-                record = read_json(folder / "results.json", f"delete {folder} to run it again") or {}
-                if record.get("status") in ("finished", "failed"):
-                    line = measured_line(run, record)
-                    write_line(self.measured, run.name, line)
+            if (code == 0 or self.record_time(run) != found) and (made := self.line_of(run)):
+                line = made
+                write_line(self.measured, run.name, line)
         except UsageError as error:  # this run's record is damaged; the others continue
             line = {"error": str(error)}
         if code == 0 and line.get("status") == "finished":
@@ -185,4 +237,5 @@ class Sweep:
 
 def _last_line(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""  # a job that never began has none
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    lines = (line.strip() for line in reversed(text.splitlines()) if not line.startswith(ON))
+    return next(filter(None, lines), "")

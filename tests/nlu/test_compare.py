@@ -111,7 +111,8 @@ def test_unequal_published_settings_give_a_warning(tmp_path, monkeypatch, capsys
         (["--methods", "lora2,lora:task_name=mrpc"], "give --task_name for all methods"),
         (["--methods", "full,lora"], "lora has no learning rate: give --learning_rate (compare.py: or --tune)"),
         (["--methods", "lora", "--tune", "--learning_rate", "1"], "--tune sets --learning_rate itself"),
-        (["--methods", "lora", "--tune", "--holdout_fraction", "0.2"], "--tune sets --holdout_fraction itself"),
+        (["--methods", "lora2,lora", "--reference", "full"], "--reference full is none of --methods: lora2, lora"),
+        (["--methods", "lora,query,value", "--learning_rate", "1"], "unknown method 'query'"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line_before_any_run(call, tmp_path, flags, message):
@@ -126,3 +127,14 @@ def test_plan_splits_a_methods_flags_at_their_colons_and_evaluates_every_eval_st
     found = compare.plan(args, compare.flag_values(rest)).runs[0].arguments
     expected = {"method": "lora2", "lora_k": "match:lora", "lora_r": 4, "eval_strategy": "steps"}
     assert {name: found[name] for name in expected} == expected
+
+
+def test_plan_puts_the_reference_first_splits_between_methods_and_tunes_on_the_held_out_fraction_given():
+    words = "--methods lora2,lora:lora_module=query,value,full --reference full --task_name cola --tune 1e-3,2e-3"
+    args, rest = compare.own_parser().parse_known_args([*words.split(), "--holdout_fraction=0.3"])
+    experiment = compare.plan(args, compare.flag_values(rest))
+    rows = {run.row: run for run in experiment.runs}
+    assert list(rows) == ["full", "lora2", "lora:lora_module=query,value"]
+    assert rows["lora:lora_module=query,value"].arguments["lora_module"] == "query,value"
+    assert experiment.tune.holdout_fraction == 0.3 and "holdout_fraction" not in rows["full"].arguments
+    assert {run.rates for run in experiment.runs} == {(1e-3, 2e-3)}

@@ -5,8 +5,9 @@ import yaml
 
 from nlu import ROOT, sweep
 from nlu.command_line import DEFAULTS, method_file
+from nlu.errors import UsageError
 from nlu.experiments.claims import load_questions
-from nlu.experiments.experiment import load_experiment, portable
+from nlu.experiments.experiment import load_experiment, make_experiment, portable
 from nlu.experiments.lines import label_of, read_lines
 from nlu.experiments.statistics import load_measured
 from nlu.experiments.tuning import tuning_frame
@@ -82,6 +83,14 @@ def test_every_claim_names_rows_that_its_experiment_has():
 
 
 TWO = {"a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}
+
+
+def test_faulty_settings_are_refused(tmp_path):
+    rows = {"LoRA": {"method": "lora"}, "LoRA²": {"method": "lora2"}}
+    content = BASIC | {"grid": {"row": rows, "task_name": ["cola"], "seed": [1]}}
+    with pytest.raises(UsageError, match=r"^method is set by grid.row LoRA; do not set it elsewhere too$"):
+        make_experiment(**content, settings={"method": "lora"})
+    assert make_experiment(**content, settings={"lora_r": 4}).runs[1].arguments["lora_r"] == 4
 
 
 @pytest.mark.parametrize(

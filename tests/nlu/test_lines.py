@@ -106,14 +106,32 @@ def test_lines_are_sorted_replaced_and_removed(tmp_path):
     assert [each["seed"] for each in read_lines(path).values()] == [1, 2]
 
 
+WHOLE = line("LoRA r=8", "cola", 1, [0.2, 0.3], run="other")
+LOSSES = WHOLE["evaluations"]
+
+
 @pytest.mark.parametrize(
-    "second",
-    [b'{"run": "a"', b'{"run": "a"}', b'{"run": "\xff"}', json.dumps(line("LoRA r=8", "cola", 1, [0.2])).encode()],
+    ("second", "why"),
+    [
+        (b'{"run": "a"', "Expecting ',' delimiter"),
+        (b'{"run": "\xff"}', "codec can't decode byte"),
+        ({"run": "a"}, "KeyError: 'status'"),
+        (line("LoRA r=8", "cola", 1, [0.2]), "is on another line too"),
+        (WHOLE | {"train_seconds": float("nan")}, "NaN is not a number of JSON"),
+        (WHOLE | {"seed": "1"}, "must be real number, not str"),
+        (WHOLE | {"seed": 1.0}, "the seed is a whole number"),
+        (WHOLE | {"last": 5.7}, "a score is at most 1"),
+        (WHOLE | {"evaluations": LOSSES | {"loss": [0.1, None]}}, "must be real number, not NoneType"),
+        (WHOLE | {"evaluations": LOSSES | {"loss": [0.1]}}, "an evaluation has no step, loss or score"),
+        (WHOLE | {"status": "done"}, "unknown status done"),
+        *(({k: v for k, v in WHOLE.items() if k != name}, name) for name in ("evaluations", "task", "label", "axes")),
+    ],
 )
-def test_damaged_or_repeated_line_is_named(tmp_path, second):
+def test_damaged_or_repeated_line_is_named_and_told_why(tmp_path, second, why):
     path = tmp_path / "trial.jsonl"
+    second = second if isinstance(second, bytes) else json.dumps(second).encode()
     path.write_bytes(json.dumps(line("LoRA r=8", "cola", 1, [0.1])).encode() + b"\n" + second + b"\n")
-    with pytest.raises(UsageError, match=rf"^{path}:2: damaged \(.*delete it to run it again$"):
+    with pytest.raises(UsageError, match=rf"^{path}:2: damaged \(.*{why}.*delete it to have it written again$"):
         read_lines(path)
 
 

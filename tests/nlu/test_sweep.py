@@ -1,5 +1,6 @@
 """The sweep with a stand-in for run_glue: its lines, failed runs, its loop, and how it starts runs."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,23 +10,36 @@ import sys
 from functools import partial
 
 import pytest
+import torch
 import yaml
 
-from loralib.files import write_text
+from loralib.files import locked, write_text
 from nlu import ROOT
 from nlu.errors import UsageError
-from nlu.experiments import launchers
+from nlu.experiments import launchers, sweep_loop
 from nlu.experiments.experiment import make_experiment
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.sweep_loop import Sweep
 from nlu.runs.machine import git_commit
+from tests.nlu import sweeps
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, wait_until
 
 
+def glue(folder):
+    """A folder with the names of GLUE's files for CoLA and RTE."""
+    for task in ("CoLA", "RTE"):
+        (folder / "glue" / task).mkdir(parents=True)
+        for split in ("train", "dev"):
+            (folder / "glue" / task / f"{split}.tsv").touch()
+    return folder / "glue"
+
+
 def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_path):
-    flags = "--jobs 2 --set glue_dir=/data/glue --set model_name_or_path=2024 --set lora_path=null --set max_steps=5"
+    flags = (
+        f"--jobs 2 --set glue_dir={glue(tmp_path)} --set model_name_or_path=2024 --set lora_path=null --set max_steps=5"
+    )
     assert run_sweep(BASIC, *flags.split())[0] == 0
     lines = lines_of(tmp_path)
     assert list(lines) == [f"{m}-{t}-seed={s}" for m in ("lora", "lora2") for t in ("cola", "rte") for s in (1, 2)]
@@ -34,7 +48,7 @@ def test_every_combination_runs_once_and_leaves_a_portable_line(run_sweep, tmp_p
     # A path that looks like a number stays text.
     given = BASIC["base"] | {"model_name_or_path": "2024", "max_steps": 5, **line["axes"]}
     assert line["arguments"] == given | {"method_config": "lora2", "target_rank": 4}
-    assert str(tmp_path) not in json.dumps(lines) and "/data" not in json.dumps(lines)
+    assert str(tmp_path) not in json.dumps(lines)
 
 
 def test_a_second_sweep_runs_only_what_is_missing(run_sweep, tmp_path):
@@ -42,9 +56,10 @@ def test_a_second_sweep_runs_only_what_is_missing(run_sweep, tmp_path):
     path = tmp_path / "measured/trial.jsonl"
     whole = path.read_text()
     path.write_text("".join(line for line in whole.splitlines(True) if '"run": "lora-cola-seed=1"' not in line))
-    shown = run_sweep(BASIC, "--dry_run", "--only", "lora-cola")[1]
-    assert re.findall(r"^(finished|to do) +(\S+)$", shown, re.M) == [
-        ("to do", "lora-cola-seed=1"), ("finished", "lora-cola-seed=2")
+    more = BASIC | {"grid": BASIC["grid"] | {"seed": [1, 2, 3]}}
+    shown = run_sweep(more, "--dry_run", "--only", "lora-cola")[1]
+    assert re.findall(r"^(finished|ended|to do) +(\S+)$", shown, re.M) == [
+        ("ended", "lora-cola-seed=1"), ("finished", "lora-cola-seed=2"), ("to do", "lora-cola-seed=3")
     ]  # fmt: skip
     code, out, _ = run_sweep(BASIC, "--set", "model_name_or_path=/elsewhere/encoder")  # another place, the same model
     assert code == 0 and "1 run(s) finished now" in out
@@ -187,6 +202,160 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
     signals, heard, looks = [signal.SIGINT, signal.SIGTERM], [], []
     code = sweep_here(tmp_path, lambda command, log: Job(), BASIC | {"grid": ONE})
     assert heard == [False, True] and code == 128 + signal.SIGINT
+
+
+# ---- devices, and the runs of a sweep that was killed ----------------------------------------------------------------
+
+FOUR = "CUDA_VISIBLE_DEVICES", ["0", "GPU-5f", "2", "3"]
+
+
+def test_each_of_seven_runs_has_a_device_that_no_other_has_also_after_failures_and_a_resume(tmp_path, monkeypatch):
+    """Stand-ins for processes: each ends after some looks at it, and one seed fails."""
+    busy, used = set(), []
+
+    class Job:
+        def __init__(self, command, env, **_):
+            self.command, self.device, self.looks, self.code = (
+                command,
+                env["CUDA_VISIBLE_DEVICES"],
+                20 + len(used),
+                None,
+            )
+            assert self.device not in busy
+            busy.add(self.device)
+            used.append(self.device)
+
+        def poll(self):
+            self.looks -= 1
+            if self.looks == 0:
+                busy.remove(self.device)
+                self.code = sweeps.main([*self.command[1:], f"--weight_decay={int('--seed=2' in self.command)}"])
+            return self.code
+
+    monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
+    monkeypatch.setattr(launchers, "LocalJob", Job)
+    monkeypatch.setattr(sweep_loop.time, "sleep", lambda _: None)
+    content = BASIC | {"grid": ONE | {"seed": [1, 2, 3, 4, 5, 6, 7]}}
+
+    def run_all():
+        return Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"]).run(LocalLauncher())
+
+    assert run_all() == 1 and len(used) == 7 and used[:4] == FOUR[1] and not busy
+    assert (tmp_path / "o/trial/logs/lora-cola-seed=2.log").read_text() == "devices: CUDA_VISIBLE_DEVICES=GPU-5f\n"
+    assert run_all() == 1 and len(used) == 8  # the failed one alone
+
+
+def test_more_jobs_than_devices_share_them_evenly_and_a_device_goes_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
+    launcher = LocalLauncher(7)
+    assert str(launcher) == "CUDA_VISIBLE_DEVICES=0 or GPU-5f or 2 or 3 for a run; 7 runs at once share them"
+    code = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); sys.stdin.read()"
+    pipes = []
+
+    class Job(launchers.LocalJob):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options | {"stdin": subprocess.PIPE})
+            pipes.append(self.stdin)
+
+    monkeypatch.setattr(launchers, "LocalJob", Job)
+    logs = [tmp_path / f"{number}" for number in range(8)]
+    jobs = [launcher.start([sys.executable, "-c", code], log) for log in logs[:7]]
+    pipes[2].close()
+    assert wait(jobs[2]) == 0
+    jobs.append(launcher.start([sys.executable, "-c", code], logs[7]))
+    for job, pipe in zip(jobs, pipes, strict=True):
+        pipe.close()
+        wait(job)
+    own = [log.read_text().splitlines()[1] for log in logs]
+    assert own == [*FOUR[1], "0", "GPU-5f", "2", "2"]
+    pairs = LocalLauncher(gpus_per_run=2)
+    assert pairs.jobs == 2 and pairs.groups == ["0,GPU-5f", "2,3"]
+    with pytest.raises(UsageError, match="--gpus_per_run 5: 4 devices are visible"):
+        LocalLauncher(gpus_per_run=5)
+    assert str(LocalLauncher(use_cpu=True)) == "1 run(s) at once, without a GPU"
+
+
+@pytest.mark.parametrize(
+    ("kind", "hip", "given", "expected"),
+    [
+        ("cuda", None, {}, ("CUDA_VISIBLE_DEVICES", ["0", "1"])),
+        ("cuda", None, {"CUDA_VISIBLE_DEVICES": "3, GPU-a"}, ("CUDA_VISIBLE_DEVICES", ["3", "GPU-a"])),
+        ("cuda", "7", {}, ("HIP_VISIBLE_DEVICES", ["0", "1"])),
+        ("cuda", "7", {"CUDA_VISIBLE_DEVICES": "4,5"}, ("CUDA_VISIBLE_DEVICES", ["4", "5"])),
+        ("cuda", "7", {"CUDA_VISIBLE_DEVICES": "4,5", "HIP_VISIBLE_DEVICES": "6"}, ("HIP_VISIBLE_DEVICES", ["6"])),
+        ("xpu", None, {"ZE_AFFINITY_MASK": "0.0,0.1"}, ("ZE_AFFINITY_MASK", ["0.0", "0.1"])),
+        ("mps", None, {}, ("", [])),
+    ],
+)
+def test_devices_are_those_that_the_accelerators_variable_names(monkeypatch, kind, hip, given, expected):
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launchers, "version", lambda _: "2.15.0")
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert launchers.visible_devices() == expected
+
+
+def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp_path, monkeypatch, capsys):
+    """After kill -9 of a sweep its runs go on, and hold the locks of their folders."""
+    monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
+    content = BASIC | {"grid": ONE | {"seed": [1, 2]}}
+    run, other = make_experiment(**content).runs
+    sweep = Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"])
+    (sweep.folder / run.name).mkdir(parents=True)
+    sweep.log(run).parent.mkdir()
+    sweep.log(run).write_text("devices: CUDA_VISIBLE_DEVICES=0\n")
+    launcher, started, looks = LocalLauncher(), [], []
+
+    class Job:
+        def __init__(self, command, env, **_):
+            started.append((command[-1], env["CUDA_VISIBLE_DEVICES"]))
+            sweeps.main(command[1:])
+
+        def poll(self):
+            return 0
+
+    def sleep(_):
+        looks.append(sweep.states()[run.name])
+        if len(looks) == 3:  # the process of the earlier sweep ends
+            sweeps.main(sweep.command_line(run)[1:])
+            held.close()
+
+    monkeypatch.setattr(launchers, "LocalJob", Job)
+    monkeypatch.setattr(sweep_loop.time, "sleep", sleep)
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(sweep.folder / run.name / ".lock"))
+        assert sweep.run(launcher) == 0
+    assert looks[:3] == ["running"] * 3 and sweep.states() == {run.name: "finished", other.name: "finished"}
+    assert [device for _, device in started] == ["GPU-5f"]  # the other run alone, on the next device
+    out, err = capsys.readouterr()
+    assert "2 run(s) finished now, 0 failed" in out and f"{run.name}: an earlier sweep's process still runs it" in err
+
+
+def test_two_sweeps_of_one_name_do_not_write_one_file_of_lines(tmp_path, capsys):
+    def start(command, log):
+        with pytest.raises(UsageError, match=r"another sweep is running in .*, or writes .*trial.jsonl"):
+            Sweep(make_experiment(**content), tmp_path / "measured", tmp_path / "elsewhere", ["run"]).run(None)
+        raise UsageError("enough")
+
+    content = BASIC | {"grid": ONE}
+    with pytest.raises(UsageError, match="enough"):
+        sweep_here(tmp_path, start, content)
+
+
+def test_data_that_are_not_there_are_refused_in_one_line_before_any_run(run_sweep, tmp_path):
+    places = f"glue_dir={glue(tmp_path)}"
+    content = BASIC | {"grid": BASIC["grid"] | {"task_name": ["cola", "mrpc"]}}
+    code, _, err = run_sweep(content, "--set", places)
+    assert code == 2 and err.count("\n") == 1 and "lora-mrpc-seed=2: no train split of mrpc: looked for " in err
+    own = {"train_file": str(tmp_path / "absent.csv"), "validation_file": str(tmp_path / "absent.csv")}
+    code, _, err = run_sweep({**BASIC, "base": BASIC["base"] | own, "grid": {"method": ["lora"], "seed": [1]}})
+    assert code == 2 and "lora-seed=1: [Errno 2] No such file or directory" in err
+    assert not (tmp_path / "output").exists()
 
 
 # ---- how a run is started here and on a cluster ----------------------------------------------------------------------
