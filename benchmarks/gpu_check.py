@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ import torch
 from transformers.utils import logging
 
 from benchmarks import losses, run
-from benchmarks.peers import Shape
-from benchmarks.report import section
+from benchmarks.report import Measurement, section
+from benchmarks.rows import ENCODERS, Shape, row_named
 from loralib.files import write_text
 from nlu import ROOT
+from nlu.experiments.launchers import available_cores
+from nlu.fast import TECHNIQUES
 from nlu.runs.machine import COMMIT, machine, now, versions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +42,7 @@ SMALL = DEVICE == "cpu"
 FLOAT32, BFLOAT16 = 1e-4, 4 * 2.0**-8
 FEW = ("lora2", "lora2_plus", "bitfit")
 WAITING = {"peft_adalora": "peft's allocator waits"}
+LENGTHS = [64, 128, 256, 512]
 DIE = "import sys; from tests.nlu.killed_runs import run_killed; run_killed(sys.argv[1:], 'on_save', 2)"
 SECONDS = 525  # for all checks: 9 minutes, less the time to start and to end
 
@@ -157,29 +161,51 @@ def _run(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
 
 
+def _measured(names: list[str], settings: dict[str, Shape], title: str) -> tuple[list[Measurement], str]:
+    """Rows measured in turn, and their tables."""
+    rounds = 1 if SMALL else 5
+    found, failure, _ = run.measure_all({name: row_named(name) for name in names}, settings, rounds, available_cores())
+    page = section(run.record_of(title, DEVICE, available_cores(), rounds, names[0], found, failure))
+    if failure:
+        raise Failed(f"{failure}\n\n{page}")
+    return found, page
+
+
+def _shape(encoder: str, length: int) -> Shape:
+    # A single step on a GPU is too short to be timed.
+    sizes = replace(ENCODERS[encoder], layers=1, vocabulary=1000) if SMALL else ENCODERS[encoder]
+    batch, steps = (2, 1) if SMALL else (min(32, 4096 // length), 10)
+    return Shape("bfloat16", sizes, batch, length, DEVICE, steps)
+
+
 def benchmark() -> str:
     """The time and memory of a step, compared with peft on transformers' attention."""
-    peers = ["peft-lora", "lora2"] if SMALL else ["peft-lora", "peft-lora-bf16", "lora", "lora2"]
-    lengths = [16] if SMALL else [64, 128, 256, 512]
-    arguments = run.parse(["--device", DEVICE, "--rounds", "1" if SMALL else "3", "--name", "Steps"])
-    sizes = {"layers": 1, "vocabulary": 1000} if SMALL else {"layers": 12}
-    settings = []
-    for length in lengths:
-        batch = 2 if SMALL else min(32, 4096 // length)
-        steps = 1 if SMALL else 10  # per round: a single step on a GPU is too short to be timed
-        shape = Shape("bfloat16", batches=((batch, length),) * steps, device=DEVICE, **sizes)
-        settings.append((f"bfloat16, batch {batch}, length {length}", dict.fromkeys(peers, shape)))
-    found, failure, _ = run.measure_all(arguments, settings)
-    table = section(run.record_of(arguments, now(), found, failure))
-    if failure:
-        raise Failed(f"{failure}\n\n{table}")
-    return table
+    settings = {f"bfloat16, length {length}": _shape("deberta", length) for length in ([16] if SMALL else LENGTHS)}
+    return _measured(["lora", "lora2", "peft"], settings, "Steps")[1]
+
+
+def techniques() -> str:
+    """Each technique of nlu/fast that is on for this device makes a step faster: it takes longer without it."""
+    usual = [name for name, technique in TECHNIQUES.items() if SMALL or not technique.for_cpu_alone]
+    settings = {f"{kind}, length {n}": _shape(kind, n) for kind in ENCODERS for n in ([16] if SMALL else LENGTHS[1:3])}
+    found, page = _measured(["lora2", *(f"lora2-{name}" for name in usual)], settings, "Techniques")
+    seconds = {(m.setting, m.row): m.median for m in found}
+    gains = {
+        name: {setting: seconds[setting, f"lora2-{name}"] / seconds[setting, "lora2"] for setting in settings}
+        for name in usual
+    }
+    told = [f"{name}: " + ", ".join(f"{g:.3f} ({s})" for s, g in gains[name].items()) for name in usual]
+    page = "time without it : with it\n\n" + "\n".join(f"- {line}" for line in told) + f"\n\n{page}"
+    # The encoder that a technique does not cover has a ratio of 1.
+    if (idle := [name for name in usual if max(gains[name].values()) < 1.01]) and not SMALL:
+        raise Failed(f"do not pay on this device: {', '.join(idle)}\n\n{page}")
+    return page
 
 
 # Each check, and its share of the time in seconds.
 CHECKS: dict[str, tuple[Callable[[], Any], float]] = {
     "methods": (methods, 120), "no_synchronisation": (no_synchronisation, 60), "resume": (resume, 100),
-    "benchmark": (benchmark, 220),
+    "benchmark": (benchmark, 130), "techniques": (techniques, 110),
 }  # fmt: skip
 
 

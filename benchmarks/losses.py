@@ -28,7 +28,7 @@ from torch import nn
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from benchmarks.peers import Shape, Trained, deberta, train_step
+from benchmarks.rows import Sizes, Trained, encoder, train_step
 from nlu.arguments import Arguments
 from nlu.command_line import METHOD_FOLDER, method_file, parse_arguments
 from nlu.errors import OneLineParser, UsageError, program
@@ -62,10 +62,9 @@ def method_flags() -> dict[str, list[str]]:
 
 def problem() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
     """The model and the rows, on the CPU."""
-    shape = Shape("float32", 2, ((BATCH, TOKENS),), "cpu", hidden=32, intermediate=64, heads=4, vocabulary=VOCABULARY)
-    model = deberta(
-        shape, max_position_embeddings=64, position_buckets=8, initializer_range=0.2, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, pooler_dropout=0.0,
+    model = encoder(
+        Sizes("deberta", 2, 32, 64, 4, VOCABULARY), max_position_embeddings=64, position_buckets=8,
+        initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pooler_dropout=0.0,
         problem_type="single_label_classification",  # without it DeBERTa's loss makes the host wait
     )  # fmt: skip
     ids = torch.randint(5, VOCABULARY, (ROWS, TOKENS))
@@ -95,7 +94,7 @@ def prepared(
     """The arguments, the model with the method applied (still on the CPU), and the rows."""
     arguments = arguments_of(flags, folder, steps, device, dtype)
     model, rows = problem()
-    speed_up(model)
+    speed_up(model, device=torch.device(device))
     applied = METHODS[arguments.method].apply(model, arguments, steps)
     set_precision(arguments, applied.model)
     return arguments, applied, rows

@@ -1,12 +1,15 @@
-"""Compare a training step of LoRA² here with its peers: full fine-tuning, peft's LoRA and AdaLoRA, plain attention.
+"""Time a training step of one method against others, whole: regulariser or exact factors, allocator and optimiser too.
 
-Each peer is a separate process. They take turns, so that other load on the machine affects all alike, and medians are
-compared. Weights are random (the arithmetic is DeBERTaV3-base's, nothing is downloaded). The table is printed, and
-written with machine and versions to benchmarks/results/: a line of records.jsonl and a section of README.md.
+A row is a method of configs/methods/ as nlu/run_glue.py trains it; `peft` is peft's LoRA r = 8 on transformers' own
+attention; `limit` the frozen layers' matrix products alone. METHOD-stock switches the techniques of nlu/fast off,
+METHOD-TECHNIQUE one of them. Each row is a process of its own. They take turns in an order that changes each round, so
+that other load on the machine affects all alike, and the medians are compared. Weights are random at the encoders' real
+sizes, so nothing is downloaded. The table is printed, and written with machine and versions to benchmarks/results/: a
+line of records.jsonl and a section of README.md.
 
-    python benchmarks/run.py --quick                          # under 3 minutes on 2 cores: 2 layers, length 64
-    python benchmarks/run.py --lengths 64,128,256             # real size, 12 layers
-    python benchmarks/run.py --lengths mrpc,rte --glue_dir D  # estimated token lengths
+    python benchmarks/run.py                                    # every shape of LoRA² against LoRA and peft's LoRA
+    python benchmarks/run.py --layers 2 --rounds 3              # under 3 minutes on 2 cores
+    python benchmarks/run.py --experiment configs/experiments/which_method.yaml --name which_method
 """
 
 from __future__ import annotations
@@ -17,13 +20,13 @@ import multiprocessing as mp
 import os
 import platform
 import random
+import re
 import signal
-import statistics
 import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,47 +36,44 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from tqdm import tqdm
 
-from benchmarks import peers
-from benchmarks.peers import PEERS, Shape, limit_flops
+from benchmarks import rows
 from benchmarks.report import Measurement, section
+from benchmarks.rows import ENCODERS, Row, Shape
 from loralib.files import write_text
-from nlu import tasks
-from nlu.data.batching import LengthBucketSampler, SeededRandomSampler
-from nlu.data.glue import load_split
-from nlu.errors import OneLineParser, program, reason
+from nlu.errors import OneLineParser, UsageError, program, reason
 from nlu.experiments.launchers import available_cores
 from nlu.runs.machine import now, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")
-TASKS = ("mrpc", "rte")  # whose estimated lengths can be asked for
-QUICK = {"layers": 2, "lengths": [64], "rounds": 3}
-SAMPLED = 6  # batches that stand for an epoch, evenly spaced among those sorted by length
-TOKENS_A_WORD = 1.3  # an estimate for English, because DeBERTaV3's tokenizer is not available offline
-SPECIAL_TOKENS = 3
+ROWS = "peft,lora,lora2,lora2_k1,lora2_plus,lora2_shared,lora2_shared_small"
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """Read the arguments; --quick changes the defaults of others."""
+    """Read the arguments; `rows` becomes name → :class:`benchmarks.rows.Row`."""
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="2 layers, length 64, 3 rounds unless given: under 3 minutes")
-    add("--layers", type=int, default=12, help="encoder layers (12)")
+    add("--rows", default=ROWS, help=f"rows to measure, comma-separated ({ROWS})")
+    add("--experiment", type=Path, help="measure the rows of this experiment file in place of --rows")
+    add("--reference", help="the row that ratios are to (lora, or LoRA r=8 of an experiment)")
+    add("--encoders", type=_among(ENCODERS), default=["deberta"], help="shapes: deberta, minilm or both (deberta)")
+    add("--layers", type=_numbers, default=[None], help="encoder layers, such as 3,12 (the encoder's own)")
     add("--batch", type=int, default=32, help="sequences per step (32)")
-    add("--lengths", type=_lengths, default=[64, 128, 256],
-        help="tokens per sequence, or mrpc or rte for their estimated lengths (64,128,256)")  # fmt: skip
+    add("--lengths", type=_numbers, default=[64], help="tokens per sequence, such as 64,128 (64)")
     add("--precisions", type=_among(PRECISIONS), default=list(PRECISIONS), help="float32, bfloat16 or both (both)")
-    add("--peers", type=_among(PEERS), default=list(PEERS), help=f"peers to measure, of {', '.join(PEERS)} (all)")
-    add("--rounds", type=int, default=5, help="timed rounds after one to warm up (5)")
-    add("--glue_dir", default=os.environ.get("GLUE_DIR"), help="local GLUE data for mrpc and rte")
-    add("--threads", type=int, default=available_cores(), help="threads per peer (all cores)")
+    add("--rounds", type=int, default=7, help="timed rounds after one to warm up (7)")
+    add("--threads", type=int, default=available_cores(), help="threads per row (all cores)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--name", default="latest", help="name of the record; it replaces an earlier one of that name (latest)")
-    quick, _ = parser.parse_known_args(words)
-    parser.set_defaults(**(QUICK if quick.quick else {}))
     arguments = parser.parse_args(words)
-    # With frozen embeddings the vocabulary adds no time to a step, but filling it at random takes each peer minutes.
-    arguments.vocabulary = 8_000 if arguments.quick else 128_100
+    if arguments.experiment is None:
+        arguments.rows = {name: rows.row_named(name) for name in arguments.rows.split(",")}
+    else:
+        arguments.rows = rows.experiment_rows(arguments.experiment)
+    usual = [name for name in ("lora", "LoRA r=8", *arguments.rows) if name in arguments.rows]
+    arguments.reference = arguments.reference or usual[0]
+    if arguments.reference not in arguments.rows:
+        raise UsageError(f"--reference {arguments.reference}: it is none of {', '.join(arguments.rows)}")
     return arguments
 
 
@@ -86,113 +86,67 @@ def _among(known: Collection[str]) -> Callable[[str], list[str]]:
     return names
 
 
-def _lengths(text: str) -> list[int | str]:
-    return [each if each in TASKS else int(each) for each in text.split(",")]
+def _numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",")]
 
 
-def plan(arguments: argparse.Namespace) -> list[tuple[str, dict[str, Shape]]]:
-    """The settings to measure: a name, and the shape of each peer (shapes differ only if the batching does).
-
-    Raises:
-        UsageError: if the data cannot be read.
-    """
-    settings = []
+def plan(arguments: argparse.Namespace) -> dict[str, Shape]:
+    """Name → shape of each setting to measure."""
+    settings = {}
     for precision in arguments.precisions:
-        for length in arguments.lengths:
-            shapes = {}
-            for key in arguments.peers:
-                if key == "peft-lora-bf16" and precision != "bfloat16":
-                    continue
-                batches: tuple = ((arguments.batch, length),)
-                if length in TASKS:
-                    bucketed = PEERS[key].maker in ("here", "limit")
-                    batches = real_batches(length, arguments.glue_dir, arguments.batch, bucketed)
-                shapes[key] = Shape(
-                    precision, arguments.layers, batches, arguments.device, vocabulary=arguments.vocabulary
-                )
-            shown = length if length in TASKS else f"length {length}"
-            name = f"{precision}, {arguments.layers} layers, batch {arguments.batch}, {shown}"
-            settings += [(name, shapes)] if shapes else []
+        for encoder in arguments.encoders:
+            for layers in arguments.layers:
+                for length in arguments.lengths:
+                    sizes = ENCODERS[encoder]
+                    sizes = replace(sizes, layers=layers or sizes.layers)
+                    name = f"{precision}, {encoder}, {sizes.layers} layers, batch {arguments.batch}, length {length}"
+                    settings[name] = Shape(precision, sizes, arguments.batch, length, arguments.device)
     return settings
 
 
-def real_batches(task_name: str, glue_dir: str | None, batch: int, bucketed: bool) -> tuple[tuple[int, int], ...]:
-    """(rows, tokens) of a few batches whose mean cost is near an epoch's: the middles of equal parts of its batches
-    sorted by length. Each is padded to its longest text; they are made in buckets of lengths or in random order.
-
-    Raises:
-        UsageError: if the data cannot be read.
-    """
-    task = tasks.TASKS[task_name]
-    rows = load_split(task, "train", glue_dir)
-    words = [sum(len(text.split()) for text in texts) for texts in zip(*map(rows.get, task.text_fields), strict=True)]
-    lengths = [SPECIAL_TOKENS + round(TOKENS_A_WORD * count) for count in words]
-    sampler = LengthBucketSampler(lengths, batch, seed=0) if bucketed else SeededRandomSampler(len(lengths), seed=0)
-    order = [lengths[row] for row in sampler]
-    parts = sorted((order[first : first + batch] for first in range(0, len(order), batch)), key=max)
-    middles = [parts[int((i + 0.5) * len(parts) / SAMPLED)] for i in range(SAMPLED)]
-    return tuple((len(part), max(part)) for part in middles)
-
-
-def ask(workers: dict[str, ProcessPoolExecutor], key: str, call: Callable[..., Any], *values: Any) -> Any:
-    """Call a function in the process of a peer. Raises RuntimeError if the process has ended or the function raises."""
+def ask(workers: dict[str, ProcessPoolExecutor], name: str, call: Callable[..., Any], *values: Any) -> Any:
+    """Call a function in the process of a row. Raises RuntimeError if the process has ended or the function raises."""
     try:
-        return workers[key].submit(call, *values).result()
+        return workers[name].submit(call, *values).result()
     except BrokenProcessPool:
-        advice = "too little memory? measure fewer --peers at once, or a smaller --batch"
-        raise RuntimeError(f"the process of {key} ended: {advice}") from None
+        advice = "too little memory? measure fewer --rows at once, or a smaller --batch"
+        raise RuntimeError(f"the process of {name} ended: {advice}") from None
     except Exception as error:
-        raise RuntimeError(f"{key}: {error}") from error
+        raise RuntimeError(f"{name}: {error}") from error
 
 
-def measure(
-    workers: dict[str, ProcessPoolExecutor], name: str, shapes: dict[str, Shape], rounds: int
-) -> list[Measurement]:
-    """Time the steps of every peer in turn, after a warm-up round; then the methods' own part of a step by itself."""
-    keys = list(shapes)
-    seconds: dict[str, list[float]] = {key: [] for key in keys}
-    method: dict[str, list[float]] = {key: [] for key in keys}
-    for key in tqdm(keys, desc=f"build: {name}", leave=False):
-        ask(workers, key, peers.prepare, shapes[key])
-    for turn in tqdm(range(rounds + 1), desc=name, leave=False):
-        # In another order each time: a peer runs with the caches and memory that the one before it left.
-        for key in random.Random(turn).sample(keys, len(keys)):
-            times = ask(workers, key, peers.steps)
+def measure(workers: dict[str, ProcessPoolExecutor], setting: str, shape: Shape, rounds: int) -> list[Measurement]:
+    """Time the steps of every row in turn, after a warm-up round."""
+    names = list(workers)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in tqdm(names, desc=f"build: {setting}", leave=False):
+        ask(workers, name, rows.prepare, shape)
+    for turn in tqdm(range(rounds + 1), desc=setting, leave=False):
+        # In another order each time: a row runs with the caches and memory that the one before it left.
+        for name in random.Random(turn).sample(names, len(names)):
+            took = ask(workers, name, rows.seconds)
             if turn > 0:
-                seconds[key].append(statistics.fmean(times))
-    memory = {key: ask(workers, key, peers.peak_memory) for key in keys}
-    with_method = [key for key in keys if PEERS[key].method in ("adalora", "lora2")]
-    for _ in range(2 * rounds):
-        for key in with_method:
-            method[key].append(statistics.median(ask(workers, key, peers.method_steps, 5)[1:]))  # after a warm-up
-    found = []
-    for key, shape in shapes.items():
-        tokens = statistics.fmean(rows * length for rows, length in shape.batches)
-        work = limit_flops(shape) if key == "limit" else None
-        found.append(Measurement(name, key, PEERS[key].title, seconds[key], method[key], tokens, memory[key], work))
-    return found
+                seconds[name].append(took)
+    facts = {name: ask(workers, name, rows.what_is_left) for name in names}
+    return [Measurement(setting, name, seconds[name], shape.batch * shape.length, **facts[name]) for name in names]
 
 
 def measure_all(
-    arguments: argparse.Namespace, settings: list[tuple[str, dict[str, Shape]]]
+    measured: dict[str, Row], settings: dict[str, Shape], rounds: int, threads: int
 ) -> tuple[list[Measurement], str | None, int]:
-    """Measure one setting after the other. If a peer fails, or at Ctrl-C, stop and keep the earlier settings.
+    """Measure one setting after the other. If a row fails, or at Ctrl-C, stop and keep the earlier settings.
 
     Returns:
         What was measured; what ended it early, or None; and the exit code.
     """
     found: list[Measurement] = []
     name = "before the first setting"
-    context = mp.get_context("spawn")
-    workers = {
-        key: ProcessPoolExecutor(1, context, peers.start, (key, arguments.threads))
-        for key in dict.fromkeys(key for _, shapes in settings for key in shapes)
-    }
-    for worker in workers.values():
-        worker.submit(int)  # the processes start at the same time
+    context = mp.get_context("forkserver")  # all rows are forked from one process that has loaded the libraries
+    context.set_forkserver_preload(["benchmarks.rows", "peft", "transformers.models.deberta_v2.modeling_deberta_v2"])
+    workers = {name: ProcessPoolExecutor(1, context, rows.start, (row, threads)) for name, row in measured.items()}
     try:
-        for name, shapes in tqdm(settings, desc="settings"):
-            found += measure(workers, name, shapes, arguments.rounds)
+        for name, shape in tqdm(settings.items(), desc="settings"):
+            found += measure(workers, name, shape, rounds)
     except RuntimeError as error:
         return found, f"{name}: {reason(error)}", 1
     except KeyboardInterrupt:
@@ -204,43 +158,58 @@ def measure_all(
 
 
 def record_of(
-    arguments: argparse.Namespace, started_at: str, found: list[Measurement], failure: str | None
+    name: str, device: str, threads: int, rounds: int, reference: str, found: list[Measurement], failure: str | None
 ) -> dict[str, Any]:
     """The measurements and the machine that they were made on."""
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else processor()
     return {
-        "name": arguments.name,
-        "started_at": started_at,
-        "machine": {
-            "device": device, "threads": arguments.threads, "system": platform.system(), "versions": versions(),
-        },
-        "rounds": arguments.rounds,
+        "name": name,
+        "started_at": now(),
+        "machine": machine_of(device, threads),
+        "rounds": rounds,
+        "reference": reference,
         "failure": failure,
         "measurements": [asdict(each) for each in found],
-    }  # fmt: skip
+    }
 
 
-def write(record: dict[str, Any]) -> None:
-    """Write a record to benchmarks/results/records.jsonl, in place of one of its name, and write the page again."""
-    path = RESULTS / "records.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = {each["name"]: each for each in map(json.loads, lines)} | {record["name"]: record}
-    ordered = [records[name] for name in sorted(records)]
-    write_text(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in ordered))
-    write_text(RESULTS / "README.md", "\n".join(["# Measured steps\n", *map(section, ordered)]))
+def machine_of(device: str, threads: int) -> dict[str, Any]:
+    """The device, with what a product in bfloat16 costs on it, and the versions."""
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
+    system = {"device": name, "instructions": instructions(), "threads": threads, "system": platform.system()}
+    return system | {"versions": versions()}
+
+
+def instructions() -> str:
+    """The widest matrix instructions of the processor: what a product in bfloat16 costs depends on them."""
+    flags = Path("/proc/cpuinfo")
+    known = set(flags.read_text().split()) if flags.is_file() else set()
+    widest = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in known), None)
+    return widest or torch.backends.cpu.get_cpu_capability()
+
+
+def write(record: dict[str, Any], text: str) -> None:
+    """Put a record into benchmarks/results/records.jsonl and its section into README.md, in place of an earlier one."""
+    lines, page, name = RESULTS / "records.jsonl", RESULTS / "README.md", record["name"]
+    records = lines.read_text(encoding="utf-8").splitlines() if lines.exists() else []
+    kept = [line for line in records if json.loads(line)["name"] != name]
+    write_text(lines, "\n".join([*kept, json.dumps(record, ensure_ascii=False), ""]))
+    before = page.read_text(encoding="utf-8") if page.exists() else "# Measured steps\n"
+    head, *parts = re.split(r"^(?=## )", before, flags=re.MULTILINE)
+    parts = [part for part in parts if not part.startswith(f"## {name}\n")]
+    write_text(page, "\n\n".join(part.strip() for part in (head, *parts, text)) + "\n")
 
 
 @program
 def main(words: Sequence[str]) -> int:
     """Run the command. Returns the exit code."""
     arguments = parse(words)
-    settings = plan(arguments)
-    started_at = now()
-    found, failure, code = measure_all(arguments, settings)
+    found, failure, code = measure_all(arguments.rows, plan(arguments), arguments.rounds, arguments.threads)
     if found:  # an empty record must not replace an earlier one of that name
-        record = record_of(arguments, started_at, found, failure)
-        write(record)
-        print(section(record))
+        record = record_of(arguments.name, arguments.device, arguments.threads, arguments.rounds, arguments.reference,
+                           found, failure)  # fmt: skip
+        text = section(record)
+        write(record, text)
+        print(text)
     if failure:
         left = "what was measured before is kept" if found else "nothing was measured before, and nothing is written"
         print(f"error: {failure}; {left}", file=sys.stderr)

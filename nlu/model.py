@@ -16,7 +16,7 @@ from loralib.interop.export import model_folder, quiet_transformers
 from loralib.interop.precision import cast_frozen
 from nlu.arguments import Arguments
 from nlu.errors import UsageError, reason
-from nlu.fast import speed_up
+from nlu.fast import ATTENTION, speed_up
 from nlu.methods.method import head_modules, head_parameters
 from nlu.methods.registry import METHODS
 from nlu.runs.processes import first_computes
@@ -180,7 +180,8 @@ def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Modul
             f"--model_name_or_path {name} has no trained head for the task, and nothing trains it first: give "
             "--do_train, or predict with a trained adapter (nlu/predict.py)"
         )
-    speed_up(loaded, not arguments.no_fast_attention)
+    device = torch.device("cpu") if arguments.use_cpu else None
+    speed_up(loaded, ATTENTION if arguments.no_fast_attention else (), device)
     return loaded
 
 

@@ -65,10 +65,10 @@ def _apply(x: torch.Tensor, dropped: torch.Tensor, scale: float) -> torch.Tensor
 class FastDropout(nn.Dropout):
     """`torch.nn.Dropout` with the mask of `drop_mask`; behaves as the stock module if that does not apply."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and not self.inplace and x.is_floating_point() and _covers(x, self.p):
-            return _Dropout.apply(x, self.p)
-        return super().forward(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # the name is nn.Dropout's
+        if self.training and not self.inplace and input.is_floating_point() and _covers(input, self.p):
+            return _Dropout.apply(input, self.p)
+        return super().forward(input)
 
 
 def enable_fast_dropout(model: nn.Module) -> None:

@@ -1,95 +1,102 @@
-"""The benchmark: every peer trains and appears in the records and the table. The GPU check, on the CPU."""
+"""The benchmark: every row trains and appears in the records and the table. The GPU check, on the CPU."""
 
-import dataclasses
 import json
-import multiprocessing
-from dataclasses import asdict
-from types import SimpleNamespace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from benchmarks import gpu_check, peers, run
-from benchmarks.peers import PEERS, Limit, Shape, build, limit_flops, make_batches, train_step
+from benchmarks import gpu_check, rows, run
 from benchmarks.report import Measurement, section
-from tests.nlu.tiny import write_rows
+from benchmarks.rows import Limit, Shape, Sizes, build, make_batch, row_named, train_step
+from nlu import CONFIGS
+from nlu.errors import UsageError
 
-SMALL = Shape("float32", 1, ((2, 6),), "cpu", hidden=24, intermediate=32, heads=2, vocabulary=60)
-TRAINED = [key for key, peer in PEERS.items() if peer.maker != "limit"]
+SMALL = Shape("float32", Sizes("deberta", 2, 32, 32, 2, 60), 2, 6)
+WHICH_METHOD = rows.experiment_rows(CONFIGS / "experiments/which_method.yaml")
+
+
+def small_row(row):
+    """The row with a size that fits the small encoder."""
+    return replace(row, flags=tuple(f.replace("adapter_size=35", "adapter_size=4") for f in row.flags))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("key", "precision"), [(k, ("float32", "bfloat16")[i % 2]) for i, k in enumerate(TRAINED)])
-def test_every_peer_lowers_its_loss(key, precision):
-    shape = dataclasses.replace(SMALL, precision=precision)
-    trained, (batch,) = build(PEERS[key], shape), make_batches(shape)
-    dtypes = {p.dtype for p in trained.model.parameters() if not p.requires_grad}
-    assert dtypes <= {torch.bfloat16 if precision == "bfloat16" and PEERS[key].weights == "bfloat16" else torch.float32}
-    losses = []
-    for _ in range(12):
+@pytest.mark.parametrize("name", ["peft", "lora2_k1", "lora2_plus", "lora2-stock", *WHICH_METHOD])
+@pytest.mark.parametrize("precision", run.PRECISIONS)
+def test_every_row_lowers_its_loss(name, precision):
+    shape = replace(SMALL, precision=precision, sizes=replace(SMALL.sizes, kind="bert"))
+    row = small_row(WHICH_METHOD[name] if name in WHICH_METHOD else row_named(name))
+    trained, batch, losses = build(row, shape), make_batch(shape), []
+    for group in trained.optimizer.param_groups:
+        group["lr"] *= 10
+    for _ in range(15):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=trained.autocast):
             losses.append(trained.model.eval()(**batch).loss.item())
         trained.model.train()
         train_step(trained, batch)
     assert losses[-1] < losses[0]
-    if trained.loop is not None:
-        peers.prepare_method_step(trained)
-        peers.method_step(trained)
 
 
-def test_adapter_peers_train_the_same_number_of_parameters():
-    def count(key):
-        return sum(p.numel() for n, p in build(PEERS[key], SMALL).model.named_parameters() if "lora_" in n and
-                   p.requires_grad)  # fmt: skip
+@pytest.mark.parametrize("name", ["LoRA² shared", "SoRA", "DoRA", "MiSS", "IA³", "VeRA", "BitFit", "Houlsby adapters"])
+def test_row_merges_if_the_merged_model_gives_the_same_logits(name):
+    trained, batch = build(small_row(WHICH_METHOD[name]), SMALL), make_batch(SMALL)
+    for _ in range(3):
+        train_step(trained, batch)
+    before = trained.model.eval()(**batch).logits
+    assert rows.trained_parameters(trained) > 0 and rows.adapter_bytes(trained) > 4 * rows.trained_parameters(trained)
+    assert rows.can_merge(trained) == (name != "Houlsby adapters")
+    torch.testing.assert_close(trained.model(**batch).logits, before, rtol=1e-4, atol=1e-4)
 
-    assert count("peft-lora") == count("lora")
-    assert count("peft-adalora") == count("adalora")
+
+def test_bfloat16_casts_frozen_weights_as_run_glue_does():
+    shape = replace(SMALL, precision="bfloat16")
+    kinds = {name: build(row_named(name), shape) for name in ("lora2", "peft")}
+    frozen = {name: {p.dtype for p in t.model.parameters() if not p.requires_grad} for name, t in kinds.items()}
+    assert frozen == {"lora2": {torch.bfloat16}, "peft": {torch.float32}}
+    assert not kinds["lora2"].autocast and kinds["peft"].autocast
 
 
-def test_limit_counts_its_floating_point_operations():
-    shape = dataclasses.replace(SMALL, layers=3)
-    forward = 2 * 12 * (4 * 24 * 24 + 2 * 24 * 32)
-    assert limit_flops(shape) == 3 * 2 * forward
-    Limit(shape).step(12)
+def test_row_without_a_technique_or_with_an_unknown_one():
+    assert type(build(row_named("lora-dropout"), SMALL).model.dropout) is torch.nn.Dropout
+    for name in ("lora-magic", "magic"):
+        with pytest.raises(UsageError, match="magic"):
+            row_named(name)
+
+
+def test_limit_multiplies_every_frozen_weight_twice():
+    limit = Limit(replace(SMALL, sizes=replace(SMALL.sizes, layers=3)))
+    limit.step()
+    assert [tuple(w.shape) for w in limit.weights] == 4 * [(32, 32)] + [(32, 32), (32, 32)] and limit.layers == 3
+
+
+RECORD = {"name": "x", "machine": {"device": "d", "instructions": "i", "threads": 1, "system": "s", "versions": {}},
+          "rounds": 3, "started_at": "now", "reference": "lora", "failure": None}  # fmt: skip
 
 
 @pytest.mark.slow
 def test_run_writes_the_printed_table_and_keeps_the_records_of_other_names(tmp_path, monkeypatch, capsys):
-    context = multiprocessing.get_context("forkserver")  # all peers are forked from one process
-    context.set_forkserver_preload(["benchmarks.peers"])
-    monkeypatch.setattr(run, "mp", SimpleNamespace(get_context=lambda _: context))
     monkeypatch.setattr(run, "RESULTS", tmp_path)
-    monkeypatch.setattr(run, "Shape", lambda *args, **kw: dataclasses.replace(SMALL, precision=args[0]))
-    (tmp_path / "records.jsonl").write_text(json.dumps(RECORD | {"name": "a"}) + "\n")
-    arguments = ["--peers", "lora2,limit", "--lengths", "6", "--rounds", "2", "--threads", "1", "--name", "x"]
-    assert run.main(arguments) == 0
-    assert capsys.readouterr().out.strip() in (tmp_path / "README.md").read_text()
+    monkeypatch.setitem(run.ENCODERS, "minilm", SMALL.sizes)
+    (tmp_path / "records.jsonl").write_text('{"name": "a"}\n{"name": "x"}\n')
+    (tmp_path / "README.md").write_text("# Measured steps\n\n## a\n\nkept\n\n## x\n\nold\n")
+    words = ["--rows", "lora2,lora,limit", "--encoders", "minilm", "--precisions", "float32", "--batch", "2"]
+    assert run.main([*words, "--lengths", "6", "--rounds", "2", "--threads", "1", "--name", "x"]) == 0
+    page = (tmp_path / "README.md").read_text()
+    assert capsys.readouterr().out.strip() in page and "## a\n\nkept\n" in page and "old" not in page
     first, record = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
-    assert first["name"] == "a" and {m["key"] for m in record["measurements"]} == {"lora2", "limit"}
-    assert all(len(m["seconds"]) == 2 for m in record["measurements"])
+    assert first["name"] == "a" and record["reference"] == "lora"
+    assert [(m["row"], len(m["seconds"])) for m in record["measurements"]] == [("lora2", 2), ("lora", 2), ("limit", 2)]
 
 
-RECORD = {"name": "x", "machine": {"device": "d", "threads": 1, "system": "s", "versions": {}}, "rounds": 3,
-          "started_at": "now", "measurements": []}  # fmt: skip
+def test_ratios_are_of_medians_and_their_range_is_of_the_rounds():
+    def row(name, seconds, memory, left=(None, None, None)):
+        return asdict(Measurement("float32, s", name, seconds, 100, memory, *left))
 
-
-def test_ratios_are_ratios_of_medians():
-    def row(key, seconds, method=()):
-        return asdict(Measurement("float32, s", key, key, seconds, list(method), 100.0, 2**30, None))
-
-    text = section(RECORD | {"measurements": [row("peft-lora", [4.0, 2.0, 9.0]), row("lora2", [1.0, 3.0, 1.0], [0.5])]})
-    assert "| float32, s | step, LoRA² : peft LoRA, stock attention | 0.250 |" in text
-    assert "| lora2 | 1.000 | 1.000–3.000 | 100 | 0.25 |" in text
-
-
-def test_lengths_of_a_task_are_bucketed_for_our_peers_only(tmp_path):
-    texts = ["w " * (2 + (7 * i) % 19) for i in range(96)]
-    rows = [{"sentence1": text, "sentence2": text, "label": i % 2, "idx": i} for i, text in enumerate(texts)]
-    write_rows(tmp_path / "mrpc/train.jsonl", rows)
-    words = ["--peers", "peft-lora,lora2", "--precisions", "bfloat16", "--batch", "8"]
-    ((_, shapes),) = run.plan(run.parse(["--lengths", "mrpc", "--glue_dir", str(tmp_path), *words]))
-    tokens = {key: sum(rows * n for rows, n in shapes[key].batches) for key in ("peft-lora", "lora2")}
-    assert len(shapes["lora2"].batches) == 6 and tokens["lora2"] < 0.9 * tokens["peft-lora"]
+    found = [row("lora", [4.0, 2.0, 9.0], 2**21, (10, 2_000_000, True)), row("lora2", [1.0, 3.0, 1.8], 2**20)]
+    text = section(RECORD | {"measurements": found})
+    assert "| lora | 4.000 | 1.000 (1.00–1.00) | 2 MiB | 1.00 | 10 | 2.00 | yes |" in text
+    assert "| lora2 | 1.800 | 0.450 (0.20–1.50) | 1 MiB | 0.50 |  |  |  |" in text
 
 
 # ---- the GPU check, at a small size on the CPU -----------------------------------------------------------------------
@@ -115,6 +122,17 @@ def test_skipped_check_is_not_counted_as_passed_and_checks_after_a_failed_one_ru
         assert text in page
     monkeypatch.setattr(gpu_check, "CHECKS", {name: checks[name] for name in ("fine", "skipped")})
     assert gpu_check.main(["--out", str(tmp_path)]) == 0
+
+
+def test_check_of_the_techniques_names_those_that_do_not_pay(monkeypatch):
+    def measured(names, settings, title):
+        times = {"lora2": 1.0, "lora2-deberta_attention": 2.0, "lora2-first_token": 1.0}
+        return [Measurement(setting, name, [times[name]], 1, 1) for setting in settings for name in names], "tables"
+
+    monkeypatch.setattr(gpu_check, "SMALL", False)
+    monkeypatch.setattr(gpu_check, "_measured", measured)
+    found = gpu_check.check("techniques")
+    assert found["status"] == "failed" and "do not pay on this device: first_token\n" in found["found"]
 
 
 @pytest.mark.slow

@@ -8,17 +8,21 @@ tests in a process of their own.
 """
 
 import tempfile
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
 from benchmarks.gpu_check import WAITING
 from benchmarks.losses import BATCH, method_flags, prepared, step
+from benchmarks.rows import Sizes, encoder
 from loralib import LowRankTraining
 from loralib.recipes import exact_factors
+from nlu import fast
 from nlu.command_line import method_file
 from nlu.methods._bottleneck_layer import BottleneckAdapter
 
@@ -69,13 +73,32 @@ def no_contents(monkeypatch):
     monkeypatch.setattr(BottleneckAdapter, "to", lambda self, device: self)  # a fake parameter cannot be moved
 
 
+def move(model):
+    for tensor in [*model.parameters(), *model.buffers()]:  # .to() cannot exchange the contents of a fake parameter
+        tensor.fake_device = torch.device(DEVICE, 0)
+
+
+def test_techniques_for_the_cpu_alone_are_off_on_a_device(monkeypatch):
+    for name in ("keep_freed_memory", "keep_kernels"):
+        monkeypatch.setattr(fast, name, lambda: pytest.fail("it is for the CPU alone"))
+    sizes = Sizes("bert", 2, 8, 8, 2, 20)
+    model, deberta = encoder(sizes), encoder(replace(sizes, kind="deberta"))
+    for each in (model, deberta):
+        fast.speed_up(each, device=torch.device(DEVICE))
+        move(each)
+    assert model.config._attn_implementation == "sdpa"
+    assert {type(m) for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {torch.nn.Dropout}
+    assert type(deberta.deberta.encoder.layer[0].attention.self) is not DisentangledSelfAttention
+    ids = torch.ones(2, 5, dtype=torch.long, device=DEVICE)
+    assert deberta(ids).logits.device.type == model(ids).logits.device.type == DEVICE
+
+
 @pytest.mark.parametrize("name, dtype", KINDS)
 def test_training_step_stays_on_the_device(name, dtype, no_contents):
     with tempfile.TemporaryDirectory() as folder:
-        _, applied, rows = prepared(method_flags()[name], folder, 6, "cpu", dtype)
+        _, applied, rows = prepared(method_flags()[name], folder, 6, DEVICE, dtype)
     model = applied.model
-    for tensor in [*model.parameters(), *model.buffers()]:  # .to() cannot exchange the contents of a fake parameter
-        tensor.fake_device = torch.device(DEVICE, 0)
+    move(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1

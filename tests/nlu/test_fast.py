@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertForTokenClassification
 
 import loralib
-from nlu.fast import speed_up
+from nlu.fast import ATTENTION, speed_up
 from nlu.fast.cpu_attention import NAME, cpu_attention, enable_cpu_attention
 from nlu.fast.deberta_attention import enable_deberta_attention
 from nlu.fast.dropout import FastDropout, drop_mask
@@ -249,6 +249,11 @@ def test_fast_dropout_output_and_gradient(dtype, shape):
     torch.testing.assert_close(x.grad, kept * scale)
 
 
+def test_fast_dropout_takes_the_argument_of_stock_dropout_by_name():
+    x = torch.rand(100)
+    assert (FastDropout(0.5)(input=x) == 0).any() and torch.equal(FastDropout(0.5).eval()(input=x), x)
+
+
 def test_fast_dropout_with_p_0_and_1():
     x = torch.rand(100)
     assert torch.equal(FastDropout(0.0)(x), x) and torch.equal(FastDropout(1.0)(x), torch.zeros(100))
@@ -259,12 +264,12 @@ def test_fast_dropout_with_p_0_and_1():
 
 def test_speed_up_replaces_the_attention_that_it_supports():
     model = build()
-    speed_up(model, fast_attention=False)
+    speed_up(model, ATTENTION)
     speed_up(whole := copy.deepcopy(model))
     assert enable_deberta_attention(model) == 2 and enable_first_token(model)
     assert not enable_deberta_attention(whole) and not enable_first_token(whole)  # already enabled
     bert = build("bert")
-    speed_up(bert, fast_attention=False)
+    speed_up(bert, ATTENTION)
     assert bert.config._attn_implementation == "sdpa"
     speed_up(bert)
     assert bert.config._attn_implementation == bert.bert.config._attn_implementation == NAME
