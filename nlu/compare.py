@@ -53,8 +53,8 @@ def main(words: Sequence[str]) -> int:
     parsed = {spec: run.parse() for spec, run in firsts.items()}
     # These imports take seconds, so a command with an error is refused before them.
     from nlu.data.splits import load_data
-    from nlu.experiments.comparison import write_comparison
     from nlu.experiments.fairness import shape_of, unlike
+    from nlu.experiments.page import write_comparison
     from nlu.experiments.tuning import Tuning
 
     tuning = Tuning(experiment) if experiment.tune else None
@@ -78,8 +78,7 @@ def main(words: Sequence[str]) -> int:
         code, tried, experiment = tuned.code, tuned.lines, tuning.finals(tuned)
     final_code, found = run_all(experiment)
     lines = [found[run.name] for run in experiment.runs if run.name in found]
-    scales = {label: shapes[spec].scale for spec, label in labels.items()}
-    write_comparison(lines, tried, scales, notes, args.output_dir / experiment.name)
+    write_comparison(lines, tried, list(labels.values()), notes, args.output_dir / experiment.name)
     return max(code, final_code)
 
 

@@ -1,12 +1,10 @@
-"""Make tables and figures of runs that have ended, each under the question that it answers.
+"""Make a page of your measured runs: each experiment has its answer, a table and a figure.
 
-To follow a run in TensorBoard, Weights & Biases or trackio, give run_glue.py --report_to instead.
+    python nlu/report.py                                       # output/measured → output/README.md, tables/, figures/
+    python nlu/report.py --measured_dir DIR --output_dir DIR
 
-    python nlu/report.py                                    # output/measured → output/README.md, tables/, figures/
-    python nlu/report.py --measured_dir results/measured    # the repository's own records → results/
-
-It reads MEASURED_DIR/*.jsonl, which runs and sweeps write, and configs/experiments/claims.yaml. The same lines and
-versions give the same files, byte for byte. All numbers, to six digits, go to tables/*.csv.
+It reads MEASURED_DIR/*.jsonl, which runs and sweeps write, one file an experiment. The same lines and versions give the
+same files, byte for byte. All numbers, to six digits, go to tables/*.csv.
 """
 
 import argparse
@@ -14,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nlu import CONFIGS
 from nlu.errors import OneLineParser, program
 
 
@@ -24,7 +21,7 @@ def main(words: Sequence[str]) -> None:
     args = build_parser().parse_args(words)
     from nlu.experiments.page import write_report  # takes seconds, so wrong flags are refused first
 
-    write_report(args.measured_dir, args.output_dir or args.measured_dir.absolute().parent, args.claims)
+    write_report(args.measured_dir, args.output_dir or args.measured_dir.absolute().parent)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,8 +30,6 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, help="where the report goes (the folder that holds MEASURED_DIR)")
-    add("--claims", type=Path, default=CONFIGS / "experiments/claims.yaml",
-        help="questions and claims (configs/experiments/claims.yaml)")  # fmt: skip
     return parser
 
 

@@ -1,83 +1,53 @@
-"""What a comparison prints and writes: its table, its answer, and reasons not to judge by the runs yet."""
+"""What an experiment shows, in sentences: which method scores higher, what its runs lack, and what to change."""
 
 from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from loralib.files import write_bytes, write_text
-from nlu.experiments.figures import draw
-from nlu.experiments.statistics import LEVEL, SHORT, as_frame, finished, paired, seeds_for
-from nlu.experiments.tables import NONE, as_csv, markdown, number, score_frame, score_text
-from nlu.experiments.tuning import tuning_runs
+from nlu.experiments.statistics import LEVEL, SHORT, finished, paired, seeds_for
+from nlu.experiments.tables import ALL, number
+from nlu.tasks import HEADINGS
 
-
-def write_comparison(
-    lines: list[dict[str, Any]],
-    tuning: list[dict[str, Any]],
-    scales: dict[str, float | None],
-    notes: list[str],
-    folder: Path,
-) -> None:
-    """Print the table, the answer and the notes, and write them (comparison.md, .csv) and the figures to the folder.
-
-    Args:
-        lines: those of the comparison's runs; nothing is written if no run has finished.
-        tuning: the lines of the tuning runs.
-        scales: label → α/r, in the order of the rows.
-    """
-    frame = as_frame(lines)
-    order = {label: place for place, label in enumerate(scales)}
-    frame = frame.sort_values("label", key=lambda labels: labels.map(order), kind="stable")
-    done = finished(frame)
-    if not len(done):
-        return
-    scores = score_frame(frame, [done.label.iloc[0]])
-    scores["scale"] = scores.row.map(scales)
-    scores["seconds_per_step"] = scores.row.map(done.groupby("label").seconds_per_step.mean())
-    metric = next(line["metric"] for line in lines if line["status"] == "finished")
-    notes = [f"- {note}" for note in [f"Score: {metric} of the final weights, in percent.", *advice(frame), *notes]]
-    table = score_text(scores)
-    table.insert(2, "α/r", [NONE if pd.isna(scale) else f"{scale:g}" for scale in scores.scale])
-    table["s/step"] = [number(value, 3) for value in scores.seconds_per_step]
-    text = "\n".join([markdown(table), "", answer(scores, frame), "", *notes, ""])
-    write_text(folder / "comparison.md", text)
-    write_text(folder / "comparison.csv", as_csv(scores))
-    tried = tuning_runs(as_frame(tuning))
-    for drawing in draw(frame, scores, tried):
-        write_bytes(folder / f"comparison_{drawing.kind}.png", drawing.png())
-    print(f"\n{text}")  # after the files: a terminal without UTF-8 cannot show it
-    print(f"written: {folder}/comparison.md, its figures and comparison.csv")
+FULL = 99.95  # a mean score that prints as 100.0
+MANY = 5  # comparisons, from which on one that differs by chance is to be expected
 
 
 def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
-    """What a comparison shows: which method scores higher and by how much, or how many seeds would show it.
+    """Which methods score higher than their reference and by how much, or how many seeds would show it.
 
     Args:
-        scores: see :func:`score_frame`; the first row is the reference. every: the runs.
+        scores: see :func:`~nlu.experiments.tables.score_frame`. every: the runs, of which one has finished.
     """
     done = finished(every)
-    first, others = scores.row[0], scores[1:]
-    differ = (others.low > 0) | (others.high < 0)
+    if len(done) > 1 and done["last"].nunique() == 1:
+        if done.failed.all():
+            return "All runs have learned nothing."
+        hard = "the task is too easy" if done["last"].iloc[0] >= FULL else "they hardly learned"
+        return f"All runs score {number(done['last'].iloc[0], 1)}: {hard}, or the evaluation set is too small."
+    compared = scores[(scores.task == ALL) & scores.difference.notna()]
+    differ = (compared.low > 0) | (compared.high < 0)
     sentences = []
-    for row in others[differ].itertuples():
+    for row in compared[differ].itertuples():
         which = "higher" if row.difference > 0 else "lower"
         low, high = sorted((abs(row.low), abs(row.high)))
         sentences.append(
-            f"{row.row} scores {number(abs(row.difference))} points {which} than {first} (95 % interval {number(low)} "
-            f"to {number(high)})."
+            f"{row.row} scores {number(abs(row.difference))} points {which} than {row.against} (95 % interval "
+            f"{number(low)} to {number(high)})."
         )
-    if len(done) > 1 and done["last"].nunique() == 1:
-        sentences.append("All runs have the same score: they have learned nothing, or the evaluation set is too small.")
-    elif not differ.all():
-        equal = others.row[~differ]
-        needed = [seeds_for(1.0, paired(done, label, first)) for label in equal]
-        hint = f"about {max(needed)} seeds would show one of 1 point" if all(needed) else "give more --seeds"
-        sentences.append(f"No difference shown between {first} and {', '.join(equal)}; {hint}.")
+    for other, equal in compared[~differ].groupby("against", sort=False).row:
+        sentences.append(f"No difference shown between {other} and {', '.join(equal)}{_more(done, other, [*equal])}.")
+    if len(compared) >= MANY and differ.any():
+        sentences.append(f"Of {len(compared)} comparisons one in twenty differs by chance.")
     return " ".join(sentences)
+
+
+def _more(done: pd.DataFrame, other: str, labels: list[str]) -> str:
+    """How many seeds would show a difference; empty if a run has learned nothing, because its score says nothing."""
+    if done[done.label.isin([other, *labels])].failed.any():
+        return ""
+    needed = [seeds_for(1.0, paired(done, label, other)) for label in labels]
+    return f"; about {max(needed)} seeds would show one of 1 point" if all(needed) else "; give more --seeds"
 
 
 def advice(every: pd.DataFrame) -> list[str]:
@@ -98,6 +68,25 @@ def advice(every: pd.DataFrame) -> list[str]:
             )
         elif failed:
             found.append(f"{failed}{': lower its learning rate, or tune it' if sums.notna().any() else ''}.")
-        elif rise > LEVEL:
+        elif rise > LEVEL and runs["last"].mean() < FULL:
             found.append(f"{label} still rose by {number(rise)} points at its last evaluation: train it longer.")
+    return found
+
+
+def missing(every: pd.DataFrame) -> list[str]:
+    """What a reader of the table must know about its runs: those without a score, and seeds that differ by method."""
+    found = []
+    lost = every[every.status != "finished"]
+    if len(lost):
+        named = [
+            f"{label} on {', '.join(HEADINGS.get(task, task) for task in own.task.dropna().unique())}"
+            for label, own in lost.groupby("label", sort=False)
+        ]
+        crashed = (lost.status == "failed").sum()
+        ended = f", of which {crashed} ended early" if crashed else ""
+        found.append(f"{len(lost)} of {len(every)} runs have no score{ended}: {'; '.join(named)}.")
+    seeds = every.groupby("label", sort=False).seed.agg(lambda own: ", ".join(map(str, sorted(set(own)))))
+    if seeds.nunique() > 1:
+        named = [f"{' and '.join(own.index)} {text}" for text, own in seeds.groupby(seeds, sort=False)]
+        found.append(f"The seeds differ ({'; '.join(named)}): only runs of the same seed are compared.")
     return found

@@ -1,14 +1,15 @@
-"""Checks before training whether methods match in size, scale and head rate."""
+"""Whether methods match in size, scale and head rate."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from nlu.arguments import Arguments
 from nlu.methods.registry import apply_without_weights, count_parameters, flag_methods
-from nlu.model import load_config, without_weights
-from nlu.tasks import TASKS
+from nlu.tasks import HEADINGS, TASKS
 
 CLOSE = 0.1  # sizes and scales whose relative difference is larger do not match
 
@@ -39,6 +40,35 @@ def alike(one: float | None, other: float | None) -> bool:
     return None in (one, other) or math.isclose(one, other, rel_tol=CLOSE)
 
 
+def scale_of(arguments: Mapping[str, Any]) -> float | None:
+    """α/r, with which a method's update is multiplied; None for methods without it.
+
+    Args:
+        arguments: those of a run, `method` among them, with defaults.
+    """
+    if arguments["method"] not in flag_methods("lora_alpha"):
+        return None
+    return arguments["lora_alpha"] / arguments["lora_r"]
+
+
+def unlike_scales(scales: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """A warning if rows of one task differ in α/r: they train at different speeds at the same learning rate.
+
+    Args:
+        scales: task → row → α/r.
+    """
+    differing: dict[str, list[str]] = {}
+    for task, rows in scales.items():
+        known = {row: scale for row, scale in rows.items() if scale is not None}
+        if any(not alike(scale, other) for scale in known.values() for other in known.values()):
+            text = ", ".join(f"{row} {scale:.3g}" for row, scale in known.items())
+            differing.setdefault(text, []).append(HEADINGS.get(task, task))
+    if not differing:
+        return []
+    named = "; ".join(f"{', '.join(tasks)}: {text}" for text, tasks in differing.items())
+    return [f"α/r differs between rows, so equal learning rates are not equal steps ({named})."]
+
+
 def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     """Size and scale of a method on its encoder, found without loading weights.
 
@@ -48,6 +78,8 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
     Raises:
         UsageError: the model cannot be read, or lacks the modules to adapt.
     """
+    from nlu.model import load_config, without_weights  # takes seconds, and a sweep needs only the scales
+
     trained = size = None
     # Only the adapter counts, and it is the same for every task, so a user's own data need not be read.
     model = without_weights(arguments, load_config(arguments, TASKS[arguments.task_name or "sst2"])[0])
@@ -59,10 +91,8 @@ def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:
             pruned = 1 - ranks.target / ranks.initial
             for factors in ranks.factors.values():
                 size -= pruned * sum(factor.numel() for factor, axis in factors if axis is not None)
-    has_scale = arguments.method in flag_methods("lora_alpha")
-    scale = arguments.lora_alpha / arguments.lora_r if has_scale else None
     rate = None if tuned else arguments.learning_rate
-    return Shape(trained, size, scale, arguments.head_learning_rate or rate)
+    return Shape(trained, size, scale_of(vars(arguments)), arguments.head_learning_rate or rate)
 
 
 def unlike(shapes: dict[str, Shape]) -> list[str]:

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 
 from loralib.injection import module_type
 from nlu.experiments.statistics import finished
+from nlu.experiments.tables import ALL
 from nlu.tasks import HEADINGS
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -38,6 +39,7 @@ STYLE = {
     "lines.markersize": 4.0,
     "text.parse_math": False,  # a `$` in a label is an ordinary character
 }
+Styles = dict[str, dict[str, Any]]  # label → colour, marker and line
 WIDTH = 5.0  # inches: 9-point letters stay readable when a page scales the figure to a phone's width
 
 
@@ -57,44 +59,48 @@ class Drawing:
         return output.getvalue()
 
 
-def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame) -> list[Drawing]:
+def styles_of(labels: Iterable[str]) -> Styles:
+    """Label → colour, marker and line of a row, the same in every figure for which they are made once."""
+    return dict(zip(dict.fromkeys(labels), cycle(STYLES), strict=False))
+
+
+def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame, styles: Styles) -> list[Drawing]:
     """The figures for which there is data, in the order of the page.
 
     Args:
-        every: all runs of an experiment. scores: those of the finished runs, see `tables.score_frame`.
+        every: all runs of an experiment. scores: theirs, see `tables.score_frame`.
         tuning: the runs that tried learning rates, see `tuning.tuning_runs`.
+        styles: see :func:`styles_of`; rows that it lacks get further ones.
     """
     final = finished(every)
+    styles = styles_of([*styles, *tuning.row, *final.label]) if len(tuning) else styles_of([*styles, *final.label])
     with matplotlib.rc_context(STYLE):
         if len(tuning) and every.held_out.all():  # every run only tries a learning rate
-            return [_rates(tuning)]
-        drawn = _differences(scores, final), _rates(tuning), _curves(final), _ranks(final)
+            return [_rates(tuning, styles)]
+        drawn = _differences(scores, final, styles), _rates(tuning, styles), _curves(final, styles), _ranks(final)
     return [drawing for drawing in drawn if drawing is not None]
 
 
-def _differences(scores: pd.DataFrame, runs: pd.DataFrame) -> Drawing | None:
-    """Each row's difference from its reference, by both estimates with their intervals."""
-    rows = scores[scores.low.notna()].iloc[::-1].reset_index(drop=True)
+def _differences(scores: pd.DataFrame, runs: pd.DataFrame, styles: Styles) -> Drawing | None:
+    """Each row's difference from its reference with its interval."""
+    rows = scores[(scores.task == ALL) & scores.low.notna()].iloc[::-1].reset_index(drop=True)
     if not len(rows):
         return None
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.3 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.26 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
-    handles = {}
-    for shift, prefix, marker, colour, label in (
-        (0.12, "", "o", COLOURS[0], "mean of paired differences"),
-        (-0.12, "t_", "s", COLOURS[1], "Student-t errors"),
-    ):
-        means = rows[f"{prefix}difference"]
-        errors = np.abs(rows[[f"{prefix}low", f"{prefix}high"]].to_numpy().T - means.to_numpy())
-        style = {"fmt": marker, "color": colour, "capsize": 2, "ms": 4}
-        handles[label] = axes.errorbar(means, rows.index + shift, xerr=errors, **style)
     several = rows.against.nunique() > 1
+    for place, row in enumerate(rows.itertuples()):
+        errors = [[row.difference - row.low], [row.high - row.difference]]
+        look = {name: styles[row.row][name] for name in ("color", "marker")}
+        axes.errorbar([row.difference], [place], xerr=errors, linestyle="", capsize=2, ms=5, **look)
     axes.set_yticks(rows.index, [f"{row.row} − {row.against}" if several else row.row for row in rows.itertuples()])
     axes.set_ylim(-0.5, len(rows) - 0.5)  # one row has room too
     axes.axvline(0, color="#888888", linewidth=1)
-    axes.set_xlabel(f"points{'' if several else f' against {rows.against[0]}'}, 95 % intervals")
-    _legend(figure, handles)
-    text = f"Differences of the average over {task_names(runs.task)} with 95 % intervals, by both estimates."
+    axes.set_xlabel("points, with 95 % intervals")
+    other = "of the row named after the minus" if several else f"of {rows.against[0]}"
+    what = "mean over " * (runs.task.nunique() > 1) + task_names(runs.task)
+    _title(figure, runs, f"score minus that {other}, {what}")
+    text = f"Score minus that {other} on {task_names(runs.task)}, with 95 % intervals."
     return Drawing("differences", text, figure)
 
 
@@ -124,17 +130,18 @@ def _ranks(runs: pd.DataFrame) -> Drawing | None:
             axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=7.5)
         axes.set_yticks(range(len(kinds)), [".".join(kind.split(".")[shared:]) for kind in kinds])
         axes.set_xticks(range(values.shape[1]), values.columns)
-        axes.set_title(f"{label}: singular values left", loc="left")
+        axes.set_title(label, loc="left")
     panels[-1].set_xlabel("layer")
+    _title(figure, runs, f"singular values left in each module, mean over the runs on {task_names(runs.task)}")
     text = f"Singular values left in each module at the end on {task_names(runs.task)}: means over runs."
     return Drawing("ranks", text, figure)
 
 
-def _curves(runs: pd.DataFrame) -> Drawing | None:
+def _curves(runs: pd.DataFrame, styles: Styles) -> Drawing | None:
     """Score and validation loss against the step, a row for each task; None if no run has two evaluations."""
     if runs.steps_at.map(len).max() < 2:
         return None
-    styles, tasks = _styles(runs.label), runs.task.unique()
+    tasks, seeds = runs.task.unique(), runs.groupby(["label", "task"]).seed.nunique().max()
     runs = runs.explode(["steps_at", "scores", "losses"]).astype({"scores": float, "losses": float})
     figure = Figure(figsize=(WIDTH, 2.3 * len(tasks) + 0.3), layout="constrained")
     panels = figure.subplots(len(tasks), 2, squeeze=False)
@@ -150,17 +157,18 @@ def _curves(runs: pd.DataFrame) -> Drawing | None:
             if source == "scores":
                 axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     for axes in panels[-1]:
-        axes.set_xlabel("step (medians over the seeds)")
+        axes.set_xlabel("step")
     _legend(figure, handles)
+    _title(figure, runs, f"score and loss on the validation set during training, medians over {_seeds(seeds)}")
     text = f"Score and validation loss at each evaluation on {task_names(tasks)}: medians over the seeds."
     return Drawing("curves", text, figure)
 
 
-def _rates(runs: pd.DataFrame) -> Drawing | None:
+def _rates(runs: pd.DataFrame, styles: Styles) -> Drawing | None:
     """Score against the learning rate, from the tuning runs."""
     if not len(runs):
         return None
-    styles, tasks = _styles(runs.row), runs.task.dropna().unique()
+    tasks = runs.task.dropna().unique()
     what = "held-out score" if runs.held_out.all() else "score"
     columns = min(2, len(tasks))
     lines = -(-len(tasks) // columns)
@@ -180,13 +188,14 @@ def _rates(runs: pd.DataFrame) -> Drawing | None:
         axes.set_xticks(rates[np.diff(np.log(rates), prepend=-np.inf) > 0.3])  # closer labels would overlap
         axes.xaxis.set_major_formatter("{x:.2g}")
         axes.tick_params(axis="x", rotation=45, labelsize=7.5)
-        axes.set_title(f"{HEADINGS.get(task, task)}: {what}", loc="left")
+        axes.set_title(HEADINGS.get(task, task), loc="left")
         axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     for axes in panels[-columns:]:
         axes.set_xlabel("learning rate (log scale)")
     if runs.failed.any():
         handles["failed run"] = Line2D([], [], linestyle="", marker="x", color="#888888")
     _legend(figure, handles)
+    _title(figure, runs, f"{what} against the learning rate, {_seeds(runs.seed.nunique())}")
     text = (
         f"Mean {what} at the last evaluation against the learning rate on {task_names(tasks)}. A cross marks a failed "
         "run, if its record has the loss of a constant answer."
@@ -194,8 +203,16 @@ def _rates(runs: pd.DataFrame) -> Drawing | None:
     return Drawing("rates", text, figure)
 
 
-def _styles(labels: pd.Series) -> dict[str, dict[str, Any]]:
-    return dict(zip(labels.unique(), cycle(STYLES), strict=False))
+def _seeds(number: int) -> str:
+    return f"{number} seed{'s' if number > 1 else ''}"
+
+
+def _title(figure: Figure, runs: pd.DataFrame, text: str) -> None:
+    """A title that says what was measured, on which encoder."""
+    text = f"{' and '.join(sorted(runs.model.dropna().unique()))}: {text}"
+    lines = textwrap.wrap(text, 62)
+    figure.set_figheight(figure.get_figheight() + 0.18 * len(lines))
+    figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9.5, fontweight="bold")
 
 
 def _legend(figure: Figure, handles: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Computes scores, paired differences with their intervals, and the verdicts of claims from the measured lines."""
+"""Computes scores and paired differences with their intervals from the measured lines."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from scipy import stats
 
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
+from nlu.experiments.fairness import scale_of
 from nlu.experiments.lines import read_lines
 from nlu.methods.registry import METHODS
 from nlu.runs.identity import FREE, PREDICTING
@@ -23,9 +24,6 @@ from nlu.tasks import TASKS
 LEVEL = 0.5  # points: a smaller gain is no reason to choose a method
 SHORT = 1.0  # final Λ below which a low-rank method that learned nothing has hardly left its start
 ROUNDING = 1e-18  # points²: a smaller variance is only the rounding of equal differences
-FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
-# What a claim may expect → the bounds between which the difference is then, in points.
-EXPECTED = {"higher": (0.0, np.inf), "not lower": (-LEVEL, np.inf), "level": (-LEVEL, LEVEL)}
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
 _NAMES = [
     "run", "status", "task", "method", "label", "seed", "axes", "arguments", "model", "processor", "module_ranks",
@@ -33,8 +31,8 @@ _NAMES = [
 ]  # fmt: skip
 _FIGURES = [
     "adapter_params", "best", "constant_loss", "delta_norm", "last", "live_adapter_params", "loss", "lowest_loss",
-    "mismatched_accuracy", "peak_memory_bytes", "rate_sum", "seconds_per_step", "steps", "test", "train_seconds",
-    "training_loss_end", "validation",
+    "mismatched_accuracy", "peak_memory_bytes", "rate_sum", "scale", "seconds_per_step", "steps", "test",
+    "train_seconds", "training_loss_end",
 ]  # fmt: skip
 
 
@@ -67,9 +65,9 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     `best` and `lowest_loss`; `mismatched_accuracy`, on MNLI's mismatched set; `test`, on a labelled test set;
     `training_loss_end`, the mean over the last tenth of the steps; `data` and `tested`, which data files and test rows
     were read; `settings`, what the runs of one mean must have in common; `held_out`, whether a run was scored on
-    held-out rows of the training set, to choose a setting; `failed`, whether a run ended early or learned nothing: its
-    mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best constant answer (old
-    records without training loss: no evaluation's loss is below 0.99 of it).
+    held-out rows of the training set, to choose a setting; `scale`, α/r; `failed`, whether a run ended early or learned
+    nothing: its mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best constant
+    answer (old records without training loss: no evaluation's loss is below 0.99 of it).
     If runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
@@ -80,7 +78,6 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     shares = (frame.training_loss_end / 0.95).fillna(frame.lowest_loss / 0.99)
     frame["held_out"] = frame.arguments.map(lambda arguments: "holdout_fraction" in arguments).astype(bool)
     frame["failed"] = (shares > frame.constant_loss) | (frame.status == "failed")
-    frame["rerun"] = False
     _tell_apart(frame)
     return _ordered(frame)
 
@@ -91,12 +88,16 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
     # The contents of what a run reads are compared by a checksum.
     contents = [*data, *(digests.get(name) for name in ("model_name_or_path", "lora_path", "peft_config"))]
     kept = {name: value for name, value in line["arguments"].items() if name not in _NO_SETTINGS and "seed" not in name}
+    if "lora_k" in digests:  # match:METHOD, whose file may change
+        kept["lora_k"] = f"{kept['lora_k']} ({digests['lora_k'][:8]})"
+    arguments = DEFAULTS | line["arguments"]
     checksum = f"{zlib.crc32(json.dumps(contents).encode()):08x}"
     row = line | {
         "processor": line.get("machine", {}).get("cpu", ""),
+        "scale": scale_of(arguments | {"method": line["method"]}),
         "training_loss_end": np.mean(line["training_loss"][-2:]) if line.get("training_loss") else np.nan,
         "data": json.dumps(data),
-        "tested": json.dumps([digests.get("test_file"), line["arguments"].get("max_predict_samples")]),
+        "tested": json.dumps([digests.get("test_file"), arguments["max_predict_samples"]]),
         "settings": kept
         | {name: line.get(name) for name in ("effective_batch_size", "model_commit")}
         | {"contents": checksum},
@@ -153,35 +154,9 @@ def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.loc[keys.index].reset_index(drop=True)
 
 
-def with_reruns(runs: pd.DataFrame) -> pd.DataFrame:
-    """An experiment's runs, with each rerun of a failed run in its place: a run whose seed is a hundred higher.
-
-    It takes the failed run's seed and also counts as failed; `rerun` marks it.
-    """
-    keys, seeds = ["label", "task", "seed"], runs.seed - 100
-    own, repeated = (pd.MultiIndex.from_frame(each[keys]) for each in (runs, runs.assign(seed=seeds)))
-    rerun = repeated.isin(own[runs.failed])
-    runs = runs.assign(seed=runs.seed.mask(rerun, seeds), failed=runs.failed | rerun, rerun=rerun)
-    return runs[~own.isin(repeated[rerun])]
-
-
 def finished(runs: pd.DataFrame) -> pd.DataFrame:
     """The finished runs."""
     return runs[runs.status == "finished"]
-
-
-def scored_on_test(runs: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
-    """The runs with the test score in place of `last` on these tasks; `validation` keeps the last evaluation's.
-
-    Raises:
-        UsageError: if the runs of a task were not scored on the same test rows.
-    """
-    there = runs.task.isin(tasks)
-    for task, own in runs[there & runs.test.notna()].groupby("task"):
-        if own.tested.nunique() > 1:
-            raise UsageError(f"{task}: the runs have test scores of different rows (test_file, max_predict_samples)")
-    scores = runs["last"].mask(there, runs.test)
-    return runs.assign(validation=runs["last"].where(there), last=scores, test=runs.test.mask(there))
 
 
 # ---- estimates -------------------------------------------------------------------------------------------------------
@@ -203,23 +178,16 @@ class Estimate:
         """The 95 % interval (Student's t)."""
         return stats.t.interval(0.95, self.freedom, self.mean, self.error)
 
-    def p_value(self, expect: str) -> float:
-        """The two-sided p value of a claim: small if the claim holds, and if its opposite does.
 
-        The claim holds if both one-sided tests say that the difference is between the bounds, and its opposite does if
-        one of them says that it is beyond.
-        """
-        low, high = EXPECTED[expect]
-        t = stats.t(self.freedom, self.mean, self.error)
-        below, above = t.cdf(low), t.sf(high)
-        return 2 * min(max(below, above), 1 - below, 1 - above)
+def references(runs: pd.DataFrame) -> list[str]:
+    """The labels of the rows that a report compares the others with: LoRA at each of its sizes, else the first row.
 
-    def verdict(self, expect: str, p: float) -> str:
-        """The verdict on a claim with the corrected p value `p`: holds, contradicted, no gain or not shown."""
-        if p < 0.05:
-            low, high = EXPECTED[expect]
-            return "holds" if low < self.mean < high else "contradicted"
-        return f"no gain of {LEVEL}" if expect == "higher" and self.interval[1] < LEVEL else "not shown"
+    A grid of learning rates has none.
+    """
+    if runs["axes"].map(lambda axes: "learning_rate" in axes).any():
+        return []
+    plain = runs.arguments.map(lambda arguments: "lora_b_lr_ratio" not in arguments)  # LoRA+ has this ratio
+    return list(dict.fromkeys(runs.label[(runs.method == "lora") & plain])) or list(runs.label[:1])
 
 
 def reference(runs: pd.DataFrame, label: str, against: Sequence[str]) -> str | None:
@@ -247,10 +215,10 @@ def estimate(pairs: pd.DataFrame) -> Estimate:
     mean, variances, sizes = groups.mean().mean(), groups.var(), groups.size()
     if not len(pairs) or sizes.min() < 2 or variances.max() < ROUNDING:
         return Estimate(mean)
-    return Estimate(mean, *_error_of_strata(variances, sizes))
+    return Estimate(mean, *error_of_strata(variances, sizes))
 
 
-def _error_of_strata(variances: pd.Series, sizes: pd.Series | int) -> tuple[float, float]:
+def error_of_strata(variances: pd.Series, sizes: pd.Series | int) -> tuple[float, float]:
     """Standard error of the mean over tasks, from each task's variance and number of pairs, and degrees of freedom.
 
     The variances of the tasks add; the degrees of freedom follow Welch and Satterthwaite (Biometrics Bulletin 2, 1946).
@@ -258,53 +226,6 @@ def _error_of_strata(variances: pd.Series, sizes: pd.Series | int) -> tuple[floa
     parts = variances / sizes / len(variances) ** 2
     total = parts.sum()
     return total**0.5, 1 / ((parts / total) ** 2 / (sizes - 1)).sum()
-
-
-def student_t(runs: pd.DataFrame) -> pd.DataFrame | None:
-    """Fit a location for each label and task with Student-t errors; all labels of a task share one scale.
-
-    Iterated reweighting with `FREEDOM` degrees of freedom: an outlying run counts little, and no run is left out. The
-    scale has one degree of freedom less for each label; that of maximum likelihood is too small for a few seeds. None
-    if there is a task on which no label has two runs.
-
-    Returns:
-        For each label and task: `centre`, the location; its `variance`; `freedom`, the same for all.
-    """
-    scores = runs["last"].to_numpy(float)
-    tasks, cells = runs.groupby("task"), runs.groupby(["label", "task"])
-    task, cell = tasks.ngroup().to_numpy(), cells.ngroup().to_numpy()
-    freedoms = (tasks.size() - tasks.label.nunique()).to_numpy()
-    if not len(runs) or freedoms.min() < 1:
-        return None
-    weights = np.ones(len(runs))
-    for _ in range(1000):
-        centres = np.bincount(cell, weights * scores) / np.bincount(cell, weights)
-        squares = (scores - centres[cell]) ** 2
-        scales = (np.bincount(task, weights * squares) / freedoms)[task]
-        ratio = np.divide(squares, scales, out=np.zeros_like(squares), where=scales > 0)  # equal scores have no scale
-        before, weights = weights, (FREEDOM + 1) / (FREEDOM + ratio)
-        if np.abs(weights - before).max() < 1e-10:
-            break
-    inflation = (FREEDOM + 3) / (FREEDOM + 1)  # variance of a location's estimate, in units of scale² / runs
-    variances = inflation * scales / np.bincount(cell)[cell]
-    fit = runs.assign(centre=centres[cell], variance=variances, freedom=freedoms.sum())
-    return fit.groupby(["label", "task"])[["centre", "variance", "freedom"]].first()
-
-
-def fitted_difference(fit: pd.DataFrame, label: str, against: str, tasks: Iterable[str]) -> Estimate:
-    """The mean, over these tasks, of the difference of two labels' locations in :func:`student_t`."""
-    one, other = (fit.loc[each].loc[tasks] for each in (label, against))
-    error = (one.variance + other.variance).sum() ** 0.5 / len(one)
-    return Estimate((one.centre - other.centre).mean(), error or np.nan, fit.freedom.iloc[0])
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """P values corrected for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
-
-    A claim without runs yet is NaN. It counts and stays NaN, so that a later measurement cannot undo a verdict.
-    """
-    ordered = pd.Series(p_values, dtype=float).sort_values()
-    return (ordered * np.arange(len(ordered), 0, -1)).clip(upper=1).cummax().sort_index().to_list()
 
 
 def seeds_for(points: float, pairs: pd.DataFrame) -> int | None:
@@ -315,7 +236,7 @@ def seeds_for(points: float, pairs: pd.DataFrame) -> int | None:
         return None
     variances = pairs.groupby("task").difference.var()
     for n in range(2, 1001):
-        error, freedom = _error_of_strata(variances, n)
+        error, freedom = error_of_strata(variances, n)
         if stats.t.ppf([0.975, 0.8], freedom).sum() * error <= points:
             return n
     return None

@@ -1,111 +1,94 @@
-"""The tables of a report: frames of unrounded figures, formatted only when they are printed.
-
-``comparison.py`` adds the columns that only compare.py prints (α/r, seconds per step).
-"""
+"""The tables of a report: frames of unrounded figures, formatted only when they are printed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from nlu import ROOT
 from nlu.command_line import DEFAULTS
-from nlu.experiments.claims import Question
-from nlu.experiments.statistics import (
-    Estimate,
-    estimate,
-    finished,
-    fitted_difference,
-    holm,
-    paired,
-    reference,
-    student_t,
-)
+from nlu.experiments.statistics import Estimate, estimate, finished, paired, reference
 from nlu.json_yaml import read_json
 from nlu.tasks import HEADINGS
 
 ALL = "all tasks"
 NONE = "–"
 PUBLISHED = ROOT / "results/published"
+_PUBLISHED_COLUMN = {"mnli": "mnli_m", "qqp": "qqp_acc"}  # task → the paper's column of the score that we report
 
 
 # ---- frames of figures -----------------------------------------------------------------------------------------------
 
 
-def _figures(prefix: str, result: Estimate) -> dict[str, float]:
+def score_frame(every: pd.DataFrame, against: Sequence[str] = ()) -> pd.DataFrame:
+    """One row for each method and task, and one over :data:`ALL` tasks, whose scores are means over the tasks.
+
+    Columns: `row`, `task`; `parameters` and `remaining` (after pruning); `scale` (α/r; NaN if the runs differ); `runs`
+    (planned), `finished` and `failed`; `score` (of the kept weights) and `best`, in percent, over the seeds; `test` and
+    `mismatched` (MNLI's second set), NaN without such scores; each of `score`, `test` and `mismatched` with `_std`;
+    `seconds_per_step`; `against`, the reference, and from it `difference`, `low` and `high` over pairs of one task and
+    seed; the same with `best_` over pairs of the best evaluations.
+
+    Args:
+        against: labels of the reference rows, see :func:`~nlu.experiments.statistics.references`.
+    """
+    done = finished(every)
+    best = done.assign(last=done.best)
+    tasks = list(dict.fromkeys(every.task))
+    rows = []
+    for label, planned in every.groupby("label", sort=False):
+        other = reference(done, label, against)
+        pairs, best_pairs = paired(done, label, other), paired(best, label, other)
+        cells = []
+        for task in [task for task in tasks if task in set(planned.task)]:
+            of_task = [each[each.task == task] for each in (planned, pairs, best_pairs)]
+            cells.append(_cell(*of_task) | {"task": task})
+        whole = _cell(planned, pairs, best_pairs) | {"task": ALL}
+        whole |= {name: np.nan for name in whole if name.startswith(("test", "mismatched")) or name.endswith("_std")}
+        for name in ("score", "best", "seconds_per_step"):  # none if a task is missing
+            values = [cell[name] for cell in cells]
+            whole[name] = np.mean(values) if len(cells) == len(tasks) else np.nan
+        rows += [{"row": label, "against": other or ""} | cell for cell in [*cells, whole]]
+    return pd.DataFrame(rows).astype({"parameters": "Int64"})  # exact in as_csv
+
+
+def _cell(planned: pd.DataFrame, pairs: pd.DataFrame, best_pairs: pd.DataFrame) -> dict[str, Any]:
+    """The figures of one method on some of its runs."""
+    done = finished(planned)
+    scales = done.scale.dropna().unique()
+    cell = {
+        "parameters": done.adapter_params.max(),
+        "remaining": done.live_adapter_params.mean(),
+        "scale": scales[0] if len(scales) == 1 else np.nan,
+        "runs": len(planned),
+        "finished": len(done),
+        "failed": int(planned.failed.sum()),
+    }
+    one_test = done.tested.nunique() == 1  # a mean of scores on different rows says nothing
+    for name, column, known in (
+        ("score", "last", True), ("test", "test", one_test), ("mismatched", "mismatched_accuracy", True)
+    ):  # fmt: skip
+        scores = done[column] if known else done[column][:0]
+        cell |= {name: scores.mean(), f"{name}_std": scores.std()}
+    cell |= {"best": done.best.mean(), "seconds_per_step": done.seconds_per_step.mean()}
+    return cell | difference("", estimate(pairs)) | difference("best_", estimate(best_pairs))
+
+
+def difference(prefix: str, result: Estimate) -> dict[str, float]:
+    """An estimate as the columns `difference`, `low` and `high`, each with a prefix."""
     low, high = result.interval
     return {f"{prefix}difference": result.mean, f"{prefix}low": low, f"{prefix}high": high}
 
 
-def score_frame(every: pd.DataFrame, against: Sequence[str] = ()) -> pd.DataFrame:
-    """One row for each method: scores in percent, the difference from its reference, and failed runs.
-
-    Columns: `row`, `parameters`, `remaining` (after pruning), `runs`; for each task its mean and `TASK_std`, and if
-    there are such scores `TASK_test`, `TASK_validation` and `mismatched_accuracy` too; `average` (last evaluations) and
-    `best` (best ones); `against`, `difference`, `low` and `high` over pairs of one task and seed; the same with `t_` by
-    the Student-t model, with `best_` over pairs of the best evaluations; `failed`, `failed_low`, `failed_high`.
-
-    Args:
-        against: labels of the reference rows.
-    """
-    done = finished(every)
-    fit = student_t(done)
-    tasks = list(dict.fromkeys(done.task))
-    rows = []
-    for label, own in done.groupby("label", sort=False):
-        planned = every[every.label == label]
-        row = {
-            "row": label,
-            "parameters": own.adapter_params.max(),
-            "remaining": own.live_adapter_params.mean(),
-            "runs": len(planned),
-            "failed": int(planned.failed.sum()),
-        }
-        interval = stats.binomtest(row["failed"], row["runs"]).proportion_ci(method="exact")  # Clopper and Pearson
-        row["failed_low"], row["failed_high"] = interval
-        for task in tasks:
-            scores = own[own.task == task]
-            columns = {task: "last", f"{task}_test": "test", f"{task}_validation": "validation"}
-            columns |= {"mismatched_accuracy": "mismatched_accuracy"}
-            for name, column in columns.items():
-                if name == task or scores[column].notna().any():
-                    row |= {name: scores[column].mean(), f"{name}_std": scores[column].std()}
-        by_task = own.groupby("task")[["last", "best"]].mean().reindex(tasks)
-        row["average"], row["best"] = by_task.mean(skipna=False)  # NaN if a task is missing
-        other = reference(done, label, against)
-        pairs = paired(done, label, other)
-        row["against"] = other or ""
-        known = fit is not None and len(pairs)
-        row |= _figures("", estimate(pairs))
-        row |= _figures("t_", fitted_difference(fit, label, other, pairs.task.unique()) if known else Estimate())
-        row |= _figures("best_", estimate(paired(done.assign(last=done.best), label, other)))
-        rows.append(row)
-    return pd.DataFrame(rows).astype({"parameters": "Int64"})  # exact in as_csv
-
-
-def claims_frame(every: pd.DataFrame, question: Question) -> pd.DataFrame:
-    """The question's claims, each with a row for all tasks and one per task; p is corrected for their number (Holm)."""
-    done = finished(every)
-    measured = []
-    for claim in question.claims:
-        against = claim.against or reference(done, claim.label, question.against)
-        pairs = paired(done, claim.label, against)
-        measured.append((claim, against, pairs, estimate(pairs)))
-    p_values = holm([result.p_value(claim.expect) for claim, *_, result in measured])
-    rows = []
-    for (claim, against, pairs, result), p in zip(measured, p_values, strict=True):
-        named = {"row": claim.label, "against": against, "expected": claim.expect}
-        verdict = result.verdict(claim.expect, p) if len(pairs) else "not measured yet"
-        rows.append(named | {"task": ALL, "pairs": len(pairs)} | _figures("", result) | {"p_holm": p})
-        rows[-1] |= {"verdict": verdict, "published": claim.published, "source": claim.source}
-        for task, own in pairs.groupby("task", sort=False) if pairs.task.nunique() > 1 else ():
-            rows.append(named | {"task": task, "pairs": len(own)} | _figures("", estimate(own)))
-    return pd.DataFrame(rows)
+def by_task(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each task of a :func:`score_frame` with its figures by row, in the rows' order; NaN where a row lacks it."""
+    rows = frame.row.unique()
+    for task, cells in frame[frame.task != ALL].groupby("task", sort=False):
+        yield task, cells.set_index("row").reindex(rows)
 
 
 def training_frame(every: pd.DataFrame) -> pd.DataFrame:
@@ -123,23 +106,38 @@ def training_frame(every: pd.DataFrame) -> pd.DataFrame:
     return grouped[names].mean().assign(processors=processors).reset_index()
 
 
-def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> pd.DataFrame:
-    """Add the scores that a paper's table has for the same encoder and methods: a column TASK_published for each task.
+def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Add the scores that a paper's table has for the same encoder and methods, and say where they come from.
 
     Rows that share a file of configs/methods/ are ablations of it, so they get no published score.
+
+    Returns:
+        The frame with `published` (over all tasks: the mean of the columns used here, if the row has them all) and
+        `printed`, the paper's own average, if the runs cover its tasks; and a sentence for each table.
     """
     done = finished(every)
     tables = [read_json(path) or {} for path in sorted(PUBLISHED.glob("*.json"))]
-    printed = [row for table in tables if {table.get("model")} == set(done.model) for row in table["rows"]]
+    tables = [table for table in tables if {table.get("model")} == set(done.model)]
     configs = done.groupby("label").arguments.first().map(lambda each: each.get("method_config"))
-    of_config = {row["config"]: row for row in printed if (configs == row.get("config")).sum() == 1}
-    rows = [of_config.get(configs[label], {}) for label in frame.row]
-    for task in [name for name in frame.columns if name in HEADINGS]:
-        column = {"mnli": "mnli_m", "mismatched_accuracy": "mnli_mm", "qqp": "qqp_acc"}.get(task, task)
-        values = [row.get(column, np.nan) for row in rows]
-        if not all(map(pd.isna, values)):
-            frame.insert(list(frame.columns).index(f"{task}_std") + 1, f"{task}_published", values)
-    return frame
+    rows = {row["config"]: row for table in tables for row in table["rows"] if "config" in row}
+    of_label = {label: rows.get(config, {}) for label, config in configs.items() if (configs == config).sum() == 1}
+    tasks = list(dict.fromkeys(every.task))
+    columns = {column.partition("_")[0] for table in tables for column in table["columns"]}
+    published, printed = [], []
+    for label, task in zip(frame.row, frame.task, strict=True):
+        row = of_label.get(label, {})
+        scores = [row.get(_PUBLISHED_COLUMN.get(each, each), row.get(each)) for each in tasks]
+        scores = [np.nan if score is None else score for score in scores]
+        published.append(np.mean(scores) if task == ALL else scores[tasks.index(task)])
+        printed.append(row.get("avg_printed", np.nan) if task == ALL and columns <= {*tasks} else np.nan)
+    if np.isnan(published).all():
+        return frame, []
+    sentences = [f"Published: {table['source']}; {table['protocol']}. {table.get('note', '')}" for table in tables]
+    sentences.append(
+        "The published average is that of the columns here; the papers average QQP's accuracy with its F1, and MNLI's "
+        "two sets."
+    )
+    return frame.assign(published=published, printed=printed), sentences
 
 
 def setting(every: pd.DataFrame) -> str:
@@ -188,47 +186,65 @@ def with_interval(mean: float, low: float, high: float, digits: int = 2) -> str:
     return mean if pd.isna(low) else f"{mean} ({' to '.join(ends)})"
 
 
-def score_text(frame: pd.DataFrame, claims: pd.DataFrame | None = None) -> pd.DataFrame:
-    """The printed form of :func:`score_frame`, with the verdicts of :func:`claims_frame`."""
-    text = pd.DataFrame({"method": frame.row, "parameters": frame.parameters.map(count), "runs": frame.runs.map(str)})
-    for name in frame.columns:
-        if f"{name}_std" in frame:
-            base, _, kind = (name, "", "") if name in HEADINGS else name.rpartition("_")
-            heading = f"{HEADINGS.get(base, base)} {kind}".strip()
-            deviations = frame[f"{name}_std"].map(lambda value: "" if pd.isna(value) else f" ± {number(value, 1)}")
-            text[heading] = frame[name].map(lambda value: number(value, 1)) + deviations
-        elif name.endswith("_published"):
-            text[f"{HEADINGS[name.removesuffix('_published')]} published"] = frame[name].map(number)
-    if sum(name in HEADINGS for name in frame.columns) > 1:
-        text["average"] = frame.average.map(number)
-    if frame.against.any():
-        if frame.against[frame.against != ""].nunique() > 1:
-            text["against"] = frame.against.replace("", NONE)
-        for prefix, heading in (("", "difference (95 % interval)"), ("t_", "by Student-t errors")):
-            columns = [frame[f"{prefix}{name}"] for name in ("difference", "low", "high")]
-            text[heading] = [with_interval(*each) for each in zip(*columns, strict=True)]
-    text["failed runs"] = [
-        f"{row.failed} ({range_text(100 * row.failed_low, 100 * row.failed_high)} %)" for row in frame.itertuples()
-    ]
-    if claims is not None and len(claims):
-        overall = claims[claims.task == ALL]
-        text["claim"] = [
-            "; ".join(_verdict(claim, row.against) for claim in overall[overall.row == row.row].itertuples())
-            for row in frame.itertuples()
-        ]
-    return text
+def with_deviation(mean: float, deviation: float) -> str:
+    """A score ± its standard deviation."""
+    return number(mean, 1) + ("" if pd.isna(deviation) else f" ± {number(deviation, 1)}")
 
 
-def _verdict(claim: Any, against: str) -> str:
-    """A claim as the text of a cell, with its difference if its reference is not that of the row."""
-    other = f", against {claim.against}" if claim.against != against else ""
-    if pd.isna(claim.p_holm):
-        return f"{claim.expected}{other}: {claim.verdict}"
-    if other:
-        other += f", {with_interval(claim.difference, claim.low, claim.high)}"
-    p = "< 0.001" if claim.p_holm < 0.001 else number(claim.p_holm, 3)
-    gain = f"; paper {number(claim.published, sign=True)}" if not pd.isna(claim.published) else ""
-    return f"{claim.expected}{other}: {claim.verdict} (p {p}{gain})"
+def score_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """The printed form of :func:`score_frame`, one line for each method; columns without a figure are left out."""
+    whole = frame[frame.task == ALL].set_index("row")
+    ended = zip(whole.finished, whole.runs, strict=True)
+    text = {
+        "method": list(whole.index),
+        "parameters": list(whole.parameters.map(count)),
+        "α/r": list(frame.groupby("row", sort=False).scale.agg(_scale_text)),
+        "runs": [f"{finished} of {runs}" if finished < runs else str(runs) for finished, runs in ended],
+    }
+    tasks = list(by_task(frame))
+    for task, cells in tasks:
+        heading = HEADINGS.get(task, task)
+        for name, title in (("score", heading), ("mismatched", "MNLI-mm"), ("test", f"{heading} test")):
+            if name == "score" or cells[name].notna().any():
+                text[title] = list(map(with_deviation, cells[name], cells[f"{name}_std"]))
+    averages = {"average": "score"} if len(tasks) > 1 else {}
+    if "published" in whole:
+        averages |= {"average of the best": "best", "published average": "published", "as printed": "printed"}
+    text |= {title: list(whole[name].map(number)) for title, name in averages.items()}
+    text |= _difference_text(whole)
+    if whole.failed.any():
+        text["failed runs"] = list(whole.failed.map(str))
+    text["s/step"] = [number(value, 3) for value in whole.seconds_per_step]
+    return pd.DataFrame({title: cells for title, cells in text.items() if set(cells) != {NONE}})
+
+
+def _scale_text(scales: pd.Series) -> str:
+    return NONE if scales.isna().all() else range_text(scales.min(), scales.max(), "{:.3g}".format)
+
+
+def _difference_text(cells: pd.DataFrame) -> dict[str, list[str]]:
+    """The columns of the difference; that of the reference only if there are several."""
+    names = [name for name in cells.against.unique() if name]
+    columns = [cells[name] for name in ("difference", "low", "high")]
+    shown = [with_interval(*each) for each in zip(*columns, strict=True)]
+    if len(names) > 1:
+        return {"against": [name or NONE for name in cells.against], "difference (95 % interval)": shown}
+    return {f"minus {names[0]} (95 % interval)": shown} if names else {}
+
+
+def published_text(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """For each task with published scores, a table of them beside the measured ones: (heading, printed table)."""
+    for task, cells in by_task(frame) if "published" in frame else ():
+        cells = cells[cells.finished > 0]
+        if cells.published.notna().any():
+            columns = {
+                "method": list(cells.index),
+                "last evaluation": list(map(with_deviation, cells.score, cells.score_std)),
+                "best evaluation": list(cells.best.map(number)),
+                "published": list(cells.published.map(number)),
+                "seeds": list(cells.finished.map(count)),
+            }
+            yield HEADINGS.get(task, task), pd.DataFrame(columns | _difference_text(cells.fillna({"against": ""})))
 
 
 def as_csv(frame: pd.DataFrame) -> str:

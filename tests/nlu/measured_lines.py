@@ -6,19 +6,6 @@ from pathlib import Path
 METRIC = {"cola": "matthews_correlation", "stsb": "pearson"}
 SIZES = {"LoRA r=8": 331_776, "AdaLoRA": 332_064, "LoRA² k=8": 336_672, "LoRA r=1": 41_472, "LoRA² k=1": 42_336}
 BASES = {"LoRA r=8": "lora", "LoRA r=1": "lora", "AdaLoRA": "adalora"}
-QUESTIONS = {
-    "questions": [
-        {
-            "question": "Does the larger one score more on {tasks}?",
-            "experiment": "trial",
-            "against": ["LoRA r=8", "LoRA r=1"],
-            "claims": [
-                {"label": "LoRA² k=8", "expect": "higher", "published": 1.05, "source": "T. 1"},
-                {"label": "LoRA² k=8", "against": "absent", "expect": "level"},
-            ],
-        },
-    ],
-}
 
 
 def line(label: str, task: str, seed: int, scores: list[float], **changes) -> dict:

@@ -35,23 +35,25 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
     assert code == 0 and "4 run(s) finished now" in out
     table = (tmp_path / "compare-cola/comparison.md").read_text()
     assert table in out and re.findall(r"^\| (LoRA\S*) ", table, re.MULTILINE) == ["LoRA²", "LoRA"]
-    assert re.search(r"\| +CoLA \|", table) and "\nAll runs have the same score" in table
-    assert "- Score: accuracy of the final weights, in percent." in table
+    assert re.search(r"\| +CoLA \|", table) and table.startswith("All runs score 69.3: ")
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl").values()
     assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
     assert {(each["arguments"]["lora_alpha"], each["arguments"]["eval_strategy"]) for each in lines} == {(32, "epoch")}
     assert "0 run(s) finished now" in call(*flags)[1]
     assert "1 run(s) finished now" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
     figures = pd.read_csv(tmp_path / "compare-cola/comparison.csv")
-    assert list(figures.row) == ["LoRA", "LoRA²", "AdaLoRA"] and set(figures.runs) == {1}  # of the last command
-    assert list(figures.scale) == [4, 4, 4]
+    assert list(figures.row.unique()) == ["LoRA", "LoRA²", "AdaLoRA"] and set(figures.runs) == {
+        1
+    }  # of the last command
+    assert list(figures.scale) == [4] * 6  # for the task and for all tasks
 
 
-def test_method_whose_runs_failed_has_no_row_and_the_exit_code_is_1(call, tmp_path):
+def test_method_whose_runs_failed_has_no_score_and_the_exit_code_is_1(call, tmp_path):
     methods = "lora2:target_rank=2,lora:weight_decay=1"
     code, out, err = call("--methods", methods, "--seeds", "2", "--learning_rate", "1e-3")
     assert code == 1 and "failed: lora_weight_decay=1-seed=1: " in err
-    assert re.findall(r"^\| (LoRA\S*) ", out, re.MULTILINE) == ["LoRA²,"]
+    assert re.search(r"^\| LoRA, weight_decay=1 +\| +– \| +– \| +0 of 2 \| +– \|", out, re.MULTILINE)
+    assert "- 2 of 4 runs have no score, of which 2 ended early: LoRA, weight_decay=1 on CoLA." in out
     assert "lora2:target_rank=2 has 5,216 parameters (about 3,992 after pruning), α/r 2: --methods" in err
 
 

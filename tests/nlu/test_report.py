@@ -1,31 +1,29 @@
-"""The report: one table and one figure for each question, and the unrounded numbers in CSV files."""
+"""The report: an answer, a table and a figure for each experiment, and the unrounded numbers in CSV files."""
 
 import re
 
 import pandas as pd
 import pytest
-import yaml
-from scipy import stats
 
 from nlu import report
 from nlu.experiments.comparison import advice, answer
-from nlu.experiments.figures import Drawing, draw
-from nlu.experiments.statistics import as_frame
+from nlu.experiments.figures import Drawing, draw, styles_of
+from nlu.experiments.statistics import as_frame, references
 from nlu.experiments.tables import score_frame
 from nlu.experiments.tuning import tuning_runs
-from tests.nlu.measured_lines import QUESTIONS, line, trial, write
+from tests.nlu.measured_lines import line, trial, write
 
 
 @pytest.fixture
 def make(tmp_path, capsys, monkeypatch):
-    """A function that writes lines and questions, runs the report: (exit code, stdout, stderr). Figures are empty."""
+    """A function that writes lines, runs the report: (exit code, the page, stderr). Figures are empty."""
     monkeypatch.setattr(Drawing, "png", lambda _: b"")
 
-    def call(lines, questions=QUESTIONS):
-        write(tmp_path / "measured", "trial", lines)
-        (tmp_path / "claims.yaml").write_text(yaml.safe_dump(questions))
-        code = report.main(["--measured_dir", str(tmp_path / "measured"), "--claims", str(tmp_path / "claims.yaml")])
-        return (code, *capsys.readouterr())
+    def call(lines, **more):
+        for name, own in {"trial": lines, **more}.items():
+            write(tmp_path / "measured", name, own)
+        code, page = report.main(["--measured_dir", str(tmp_path / "measured")]), tmp_path / "README.md"
+        return code, page.read_text(encoding="utf-8") if page.exists() else "", capsys.readouterr().err
 
     return call
 
@@ -34,15 +32,21 @@ def scores(folder):
     return pd.read_csv(folder / "tables/scores.csv")
 
 
-def test_a_row_has_its_difference_and_the_verdicts_of_its_claims(make, tmp_path):
-    """tests/test_docs.py compares a whole page."""
-    assert make(trial())[0] == 0
-    page = (tmp_path / "README.md").read_text()
+def drawn(lines, tuning=()):
+    """The figures of made-up lines, by kind."""
+    runs, tried = as_frame(lines), tuning_runs(as_frame(tuning))
+    return {each.kind: each for each in draw(runs, score_frame(runs, references(runs)), tried, styles_of(runs.label))}
+
+
+def test_section_has_the_answer_before_the_table_and_the_figure(make):
+    code, page, _ = make(trial())
     # By hand: in both tasks 1.9, 2.0 and 2.1 points, so a standard error of 0.1 / √6, 4 degrees of freedom, t = 2.776.
-    assert re.search(
-        r"^\| LoRA² k=8 +\| +336,672 \| +6 \| +\d+\.\d ± \d\.\d \|.*\| +LoRA r=8 \| +\+2.00 \(\+1.89 to \+2.11\) \|"
-        r".*\| +higher: holds \(p < 0.001; paper \+1.05\);", page, re.M)  # fmt: skip
-    assert "; level, against absent: not measured yet |" in page
+    row = r"^\| LoRA² k=8 +\| +336,672 \| +2 \| +6 \|.*\| +LoRA r=8 \| +\+2.00 \(\+1.89 to \+2.11\) \|"
+    assert code == 0 and re.search(row, page, re.M)
+    answered = page.index(" LoRA² k=8 scores 2.00 points higher than LoRA r=8 (95 % interval 1.89 to 2.11).")
+    order = [answered, page.index("| method"), page.index("\n- Measured: minilm;"), page.index("![Score minus")]
+    assert page.index("## trial") < order[0] and order == sorted(order)
+    assert "failed runs" not in page and len(page[page.rindex("\n\n") :].splitlines()) <= 6  # no manual below it
 
 
 def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, tmp_path):
@@ -58,117 +62,91 @@ def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, t
     assert names == {"mine.png", "trial_differences.png", "trial_curves.png"}
 
 
-def test_question_has_no_table_before_its_last_run_has_ended_and_failed_ones_were_repeated(make, tmp_path):
-    question = QUESTIONS["questions"][0] | {"runs": 12, "against": ["LoRA r=8"], "claims": []}
-    lines = [each for each in trial() if each["label"] in ("LoRA r=8", "LoRA² k=8")]
-    make(lines[:-1], questions={"questions": [question]})  # without the last seed of one row and task
-    page = (tmp_path / "README.md").read_text()
-    assert "score more on CoLA and STS-B? Measured so far: 11 of 12 runs (`" in page and "| LoRA" not in page
-    assert not (tmp_path / "tables").exists()
-    lost = lines[-1] | {"training_loss": [0.6] * 20, "constant_loss": 0.6}
-    again = lines[-1] | {"run": "again", "seed": 103}
-    for more in ([], [again | {"status": "failed"}]):  # not repeated yet, and the repetition ended early
-        make([*lines[:-1], lost, *more], questions={"questions": [question]})
-        page = (tmp_path / "README.md").read_text()
-        repeat = "" if more else f" To be repeated with seed + 100: {lost['run']}."
-        assert f"11 of 12 runs (`configs/experiments/trial.yaml`). 1 run(s) failed.{repeat}\n" in page
-        assert "| LoRA" not in page
-    for more, shown in (([], True), ([lines[0] | {"run": "next", "seed": 4}], False)):  # another seed has begun
-        make([*lines[:-1], lost, again, *more], questions={"questions": [question]})
-        assert ("| LoRA² k=8 |" in (tmp_path / "README.md").read_text()) == shown
-        assert (tmp_path / "tables/scores.csv").exists() == shown
-
-
-def test_question_whose_runs_have_all_failed_is_open(make, tmp_path):
-    make([line("LoRA r=8", "cola", 1, [0.5], status="failed")])
-    page = (tmp_path / "README.md").read_text()
-    assert "score more on its tasks? Measured so far: 0 of 1 runs (`" in page and "1 run(s) failed." in page
-
-
-def test_claim_that_expects_something_unknown_is_refused(make):
-    claims = [{"label": "LoRA² k=8", "expect": "lower"}]
-    code, _, said = make(trial(), questions={"questions": [QUESTIONS["questions"][0] | {"claims": claims}]})
-    assert code == 2 and "expect: lower is none of higher, not lower, level" in said
-
-
-def test_headings_and_settings_come_from_the_lines(make, tmp_path, monkeypatch):
+def test_setting_comes_from_the_lines(make, tmp_path, monkeypatch):
     """Runs with another model, for six steps and on 100 rows are not called the paper's table."""
     changes = {"steps": 6, "arguments": {"max_eval_samples": 100, "num_train_epochs": 3, "method_config": "lora2"}}
     lines = [line("LoRA² k=8", "rte", 1, [0.5], machine={"cpu": "AMD EPYC"}, **changes)]
     lines.append(line("AdaLoRA", "rte", 1, [0.5], steps=6, arguments={"num_train_epochs": 30, "max_steps": 6}))
     write(tmp_path / "output/measured", "own", lines)  # max_steps ends the second run before its epochs
     monkeypatch.chdir(tmp_path)
-    assert report.main([]) == 0  # the user's own runs, in the default folders
+    assert report.main([]) == 0  # in the default folders
     page = (tmp_path / "output/README.md").read_text()
-    assert "## How do the methods compare on RTE with minilm (own)?" in page and "RTE published" not in page
+    assert "## own" in page and "published" not in page
     assert "Measured: minilm; 3 epochs; 6 steps; at most 100 validation rows in some runs; 1 seed; AMD EPYC." in page
 
 
-def test_published_scores_have_a_column_of_their_own(make, tmp_path):
-    settings = {"model": "deberta-v3-base", "arguments": {"method_config": "lora2"}}
-    make([line("LoRA² k=8", task, 1, [0.5], **settings) for task in ("qqp", "mnli", "rte")])
-    shown = (tmp_path / "README.md").read_text()
-    assert re.search(r"\| +RTE \| +RTE published \| +average", shown)
-    assert re.search(r"\| +50\.0 \| +92\.25 \| +50\.0 \| +90\.43 \| +50\.0 \| +88\.45 \|", shown)  # LoRA², Table 1
-    make([line(label, "rte", 1, [0.5], **settings) for label in ("all terms", "two terms")])
-    assert "RTE published" not in (tmp_path / "README.md").read_text()  # neither is the paper's row
-
-
-def test_a_task_may_be_scored_on_its_test_set(make, tmp_path):
+def test_papers_table_has_last_best_and_published_scores_of_each_task(make):
+    """By hand from results/published/lora2_table1_deberta_v3_base.json; its note tells of the average."""
+    tasks = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte")
     lines = [
-        line(label, "mrpc", seed, [0.9], test_scores={"MRPC": {"accuracy": score + seed / 100}})
-        for label, score in (("LoRA r=8", 0.7), ("LoRA² k=8", 0.75))
+        line(label, task, seed, [0.6, 0.5 + seed / 100], model="deberta-v3-base", arguments={"method_config": config})
+        for label, config in (("LoRA r=8", "lora"), ("LoRA² k=8", "lora2"))
+        for task in tasks
         for seed in (1, 2)
     ]
-    question = {"question": "Which?", "experiment": "trial", "test": ["mrpc"], "against": ["LoRA r=8"]}
-    assert make(lines, questions={"questions": [question]})[0] == 0
-    row = scores(tmp_path).set_index("row").loc["LoRA² k=8"]
-    assert [row[name] for name in ("mrpc", "mrpc_validation", "difference")] == pytest.approx([76.5, 90, 5])
-    assert "MRPC validation" in (tmp_path / "README.md").read_text()
-    lines[0]["arguments"] = {"max_predict_samples": 10}
-    code, _, said = make(lines, questions={"questions": [question]})
-    assert code == 2 and "mrpc: the runs have test scores of different rows" in said
-    del lines[0]["test_scores"]
-    make(lines, questions={"questions": [question]})
-    assert "Measured so far: 3 of 4 runs" in (tmp_path / "README.md").read_text()
+    page = make(lines)[1]
+    part = page[page.index("### QQP") : page.index("### STS-B")]
+    assert re.search(
+        r"\| method +\| +last evaluation \| +best evaluation \| +published \| +seeds \| +minus LoRA r=8", part
+    )
+    assert re.search(r"\| LoRA² k=8 +\| +51\.5 ± 0\.7 \| +60\.00 \| +92\.25 \| +2 \| +\+0\.00 \|", part)
+    assert re.search(r"\| LoRA² k=8 .*\| +51\.50 \| +60\.00 \| +89\.60 \| +89\.68 \| +\+0\.00", page)
+    assert page.count("The printed average of lora2 k=8 (89.68)") == 1 and "average 89.43" in page
+    fewer = [each for each in lines if each["task"] != "rte"]
+    assert "as printed" not in make(fewer)[1]  # the paper's average has this task
+    same = [
+        line(label, "rte", 1, [0.5], **{name: lines[-1][name] for name in ("model", "arguments")}) for label in "ab"
+    ]
+    assert "published" not in make(same)[1]  # neither is the paper's row
 
 
-def test_grid_of_learning_rates_is_shown_with_the_chosen_one(make, tmp_path):
-    scores = {1e-3: 0.5, 2e-3: 0.6, 4e-3: 0.7, 8e-3: None}
-    lines = []
-    for rate, score in scores.items():
-        axes = {"row": "LoRA r=8", "learning_rate": rate, "task_name": "custom"}
-        arguments = {"learning_rate": rate}
-        status = "finished" if score else "failed"
-        label = f"LoRA r=8, learning_rate={rate:g}"
-        lines.append(line(label, "custom", 201, [score or 0.0], axes=axes, arguments=arguments, status=status))
-    question = {"question": "Which rate on {tasks}, {why}?", "experiment": "trial"}
-    make(lines, questions={"questions": [question]})
-    assert "learning rate |" not in (tmp_path / "README.md").read_text()  # these are scores on the validation set
-    lines = [each | {"arguments": each["arguments"] | {"holdout_fraction": 0.1}} for each in lines]
-    assert make(lines, questions={"questions": [question | {"runs": 4}]})[0] == 0  # no run of a tuning is repeated
-    page = (tmp_path / "README.md").read_text()
-    assert "## Which rate on custom, {why}?" in page  # an unknown name stays as it is
-    rows = re.findall(r"^\| LoRA r=8 \| +([\d.]+) \| +(\S+) \|.*\| +(\w*) \|$", page, re.M)
-    marks = [("50.0", ""), ("60.0", ""), ("70.0", "chosen"), ("–", "discarded")]
-    assert [each[1:] for each in rows] == marks and [float(each[0]) for each in rows] == list(scores)
-    runs = as_frame(lines)
-    (rates,) = draw(runs, score_frame(runs), tuning_runs(runs))
-    (panel,) = rates.figure.axes
-    assert panel.get_title(loc="left") == "custom: held-out score"
-    drawn = [(list(each.get_xdata()), list(each.get_ydata())) for each in panel.get_lines()]
-    assert [text.get_text() for text in rates.figure.legends[0].get_texts()] == ["LoRA r=8", "failed run"]
-    assert rates.kind == "rates" and drawn == [([1e-3, 2e-3, 4e-3], [50, 60, 70]), ([8e-3], [0])]
+def tuned(rates, **changes):
+    """Tuning runs of one row: rate → held-out score, None for a run that ended early."""
+    return [
+        line(f"LoRA r=8, learning_rate={rate:g}", "rte", 201, [score or 0.0], **changes | {
+            "axes": {"row": "LoRA r=8", "learning_rate": rate, "task_name": "rte"},
+            "arguments": {"learning_rate": rate, "holdout_fraction": 0.1},
+            "status": "finished" if score else "failed"})
+        for rate, score in rates.items()
+    ]  # fmt: skip
 
 
-def test_failed_runs_are_counted_and_a_crashed_one_has_no_score(make, tmp_path):
+def test_tuning_is_shown_with_its_experiment_and_alone(make):
+    rates = {1e-3: 0.5, 2e-3: 0.7, 4e-3: 0.6, 8e-3: None}
+    for page in (make([line("LoRA r=8", "rte", 1, [0.5])], trial_tuning=tuned(rates))[1], make(tuned(rates))[1]):
+        rows = re.findall(r"^\| LoRA r=8 \| +(0\.\d+) \| +(\S+) \|.*\| +(\w*) \|$", page, re.M)
+        assert [float(each[0]) for each in rows] == list(rates)
+        assert [each[1] for each in rows] == ["50.0", "70.0", "60.0", "–"] and rows[1][2] == "chosen"
+        assert "## trial_tuning" not in page
+    figure = drawn(tuned(rates), tuned(rates))["rates"]
+    (panel,) = figure.figure.axes
+    assert panel.get_title(loc="left") == "RTE"
+    assert figure.figure.get_suptitle() == "minilm: held-out score against the learning rate, 1 seed"
+    lines = [(list(each.get_xdata()), list(each.get_ydata())) for each in panel.get_lines()]
+    assert [text.get_text() for text in figure.figure.legends[0].get_texts()] == ["LoRA r=8", "failed run"]
+    assert lines == [([1e-3, 2e-3, 4e-3], [50, 70, 60]), ([8e-3], [0])]
+
+
+def test_failed_runs_are_counted_and_runs_without_a_score_and_other_seeds_are_named(make, tmp_path):
     lost = line("LoRA r=8", "cola", 3, [0.1], training_loss=[0.6] * 20, constant_loss=0.6)
     crashed = line("LoRA r=8", "cola", 4, [0.1], status="failed", error="boom")
-    assert make([line("LoRA r=8", "cola", s, [0.5]) for s in (1, 103)] + [lost, crashed])[0] == 0  # 103 repeats no run
-    row = scores(tmp_path).iloc[0]
-    assert (row.failed, row.runs) == (2, 4) and row.cola == pytest.approx(110 / 3)
-    assert [row.failed_low, row.failed_high] == pytest.approx(stats.beta.ppf([0.025, 0.975], [2, 3], [3, 2]), abs=1e-5)
-    assert "1 run(s) ended early and have no score." in (tmp_path / "README.md").read_text()
+    other = [line("AdaLoRA", "cola", seed, [0.5]) for seed in (1, 2)]
+    page = make([line("LoRA r=8", "cola", s, [0.5]) for s in (1, 2)] + [lost, crashed, *other])[1]
+    row = scores(tmp_path).set_index(["row", "task"]).loc["LoRA r=8", "cola"]
+    assert (row.failed, row.runs, row.finished) == (2, 4, 3) and row.score == pytest.approx(110 / 3)
+    assert "- 1 of 6 runs have no score, of which 1 ended early: LoRA r=8 on CoLA." in page
+    assert "- The seeds differ (LoRA r=8 1, 2, 3, 4; AdaLoRA 1, 2): only runs of the same seed are compared." in page
+
+
+def test_rows_that_differ_in_their_scale_are_named(make):
+    """α/r of the published settings on RTE."""
+    settings = {"LoRA r=8": (32, 8), "AdaLoRA": (32, 12), "LoRA² k=8": (32, 4)}
+    lines = [
+        line(label, "rte", 1, [0.5], arguments={"lora_alpha": alpha, "lora_r": r})
+        for label, (alpha, r) in settings.items()
+    ]
+    assert "(RTE: LoRA r=8 4, AdaLoRA 2.67, LoRA² k=8 8)." in make(lines)[1]
+    assert "α/r differs" not in make(lines[:1])[1]
 
 
 def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
@@ -177,7 +155,7 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
             line(label, "rte", s, [0.4, 0.5, x], **changes) for label, own in scores.items() for s, x in enumerate(own)
         ]
         runs = as_frame(lines)
-        sentence = answer(score_frame(runs, ["LoRA r=8"]), runs)
+        sentence = answer(score_frame(runs, references(runs)), runs)
         return " ".join([sentence, *advice(runs)])
 
     clear = {"LoRA r=8": [0.50, 0.51, 0.52], "LoRA² k=8": [0.60, 0.612, 0.618]}
@@ -191,8 +169,13 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
     )
     steady = {"LoRA r=8": [0.707, 0.714, 0.721], "LoRA² k=8": [0.757, 0.764, 0.771]}
     assert said(steady).startswith("No difference shown between LoRA r=8 and LoRA² k=8; give more --seeds.")
-    assert "All runs have the same score" in said({label: [0.5, 0.5, 0.5] for label in clear})
+    equal = said({label: [0.5, 0.5, 0.5] for label in clear})
+    assert "All runs score 50.0: they hardly learned, or the evaluation set is too small." in equal
+    assert said({label: [1.0] * 3 for label in clear}) == (
+        "All runs score 100.0: the task is too easy, or the evaluation set is too small."
+    )
     lost = {"training_loss": [0.6] * 20, "constant_loss": 0.6}
+    assert said(noisy, **lost).startswith("No difference shown between LoRA r=8 and AdaLoRA, LoRA² k=8. 3 of 3 runs")
     assert "3 of 3 runs of LoRA r=8 learned nothing: lower its learning rate, or tune it." in said(clear, **lost)
     started = "(Λ, the sum of the learning rates, is 0.2): train it longer, or raise its learning rate."
     assert f"3 of 3 runs of LoRA r=8 learned nothing {started}" in said(clear, **lost, rate_sum=0.2)
@@ -201,23 +184,36 @@ def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
 
 def test_score_axis_ends_at_100_and_a_single_evaluation_has_no_curve():
     lines = [line("_LoRA", "rte", s, [first, 1.0]) for s, first in enumerate((0.7, 0.8, 0.85, 0.9))]
-    runs = as_frame(lines)
-    (curves,) = draw(runs, score_frame(runs), runs[:0])
+    (curves,) = drawn(lines).values()
     assert curves.figure.axes[0].get_ylim()[1] == 100
     assert curves.figure.axes[0].get_lines()[0].get_xydata().tolist() == [[100, 82.5], [200, 100]]  # medians
     (named,) = curves.figure.legends[0].get_texts()
     assert named.get_text() == "_LoRA"  # matplotlib itself leaves out a name that begins with _
-    single = as_frame(each | {"evaluations": line("", "rte", 1, [0.9])["evaluations"]} for each in lines)
-    assert draw(single, score_frame(single), single[:0]) == []
+    assert drawn([each | {"evaluations": line("", "rte", 1, [0.9])["evaluations"]} for each in lines]) == {}
+
+
+def test_a_row_keeps_its_colour_in_every_figure():
+    tuning = tuned({1e-3: 0.5, 2e-3: 0.6})
+    figures = drawn([line(each["label"], "rte", each["seed"], each["evaluations"][each["metric"]])
+                     for each in trial() if each["label"] != "AdaLoRA" and each["task"] == "cola"], tuning)  # fmt: skip
+    colours = {}
+    for kind in ("differences", "curves", "rates"):
+        axes, legends = figures[kind].figure.axes[0], figures[kind].figure.legends
+        names = [text.get_text() for text in axes.get_yticklabels()] if kind == "differences" else (
+            [text.get_text() for text in legends[0].get_texts()])  # fmt: skip
+        drawn_lines = [each for each in axes.get_lines() if each.get_marker() in "osD^vPX"]
+        for name, each in zip(names, drawn_lines, strict=True):
+            colours.setdefault(name.partition(" − ")[0], set()).add((each.get_color(), each.get_marker()))
+    assert set(colours) == {"LoRA r=8", "LoRA r=1", "LoRA² k=8", "LoRA² k=1"}
+    assert all(len(looks) == 1 for looks in colours.values()) and len(set.union(*colours.values())) == 4
 
 
 def test_live_ranks_are_drawn_for_each_row_that_prunes():
     ranks = {f"encoder.layer.{i}.attention.{name}": i + 1 for i in (0, 1) for name in ("query", "key")}
     lines = [line("LoRA² k=8", "rte", 1, [0.5, 0.6], module_ranks=ranks), line("LoRA r=8", "rte", 1, [0.5, 0.6])]
-    runs = as_frame(lines)
-    drawing = draw(runs, score_frame(runs), runs[:0])[-1]
+    drawing = drawn(lines)["ranks"]
     titles = [axes.get_title(loc="left") for axes in drawing.figure.axes]
-    assert drawing.kind == "ranks" and titles == ["LoRA² k=8: singular values left"]
+    assert drawing.kind == "ranks" and titles == ["LoRA² k=8"]
     assert sorted(text.get_text() for text in drawing.figure.axes[0].texts) == ["1.0", "1.0", "2.0", "2.0"]
     assert drawing.png()[:4] == b"\x89PNG"
 

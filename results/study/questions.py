@@ -1,4 +1,4 @@
-"""The questions that a report answers (`configs/experiments/claims.yaml`), each about one experiment.
+"""The questions of this study (`questions.yaml`), each about one experiment.
 
 questions:
   - question: Does LoRA² score higher than LoRA on {tasks}?   # {model}, {tasks}, {experiment}: those of the runs
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nlu.errors import UsageError, reason
-from nlu.experiments.statistics import EXPECTED
 from nlu.json_yaml import read_yaml
+from results.study.inference import EXPECTED
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Question:
-    """A section of the report."""
+    """A section of the page."""
 
     question: str
     experiment: str
@@ -64,6 +64,4 @@ def load_questions(path: Path) -> list[Question]:
             for raw in content["questions"]
         ]
     except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise UsageError(
-            f"{path}: {reason(error, 200)}; the format is explained in nlu/experiments/claims.py"
-        ) from None
+        raise UsageError(f"{path}: {reason(error, 200)}; results/study/questions.py explains the format") from None
