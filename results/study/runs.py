@@ -13,7 +13,7 @@ from results.study.questions import Question
 
 
 def of_question(question: Question, every: pd.DataFrame) -> pd.DataFrame:
-    """The runs of a question's experiment, with `rerun` and, on the tasks that it scores on test rows, those scores."""
+    """The runs of a question's experiment, with `rerun` where a planned run was repeated."""
     # Only where their number is planned: elsewhere a seed is a hundred higher by chance.
     return with_reruns(every) if question.runs else every.assign(rerun=False)
 
