@@ -213,9 +213,31 @@ def fitting_layers(
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
     if odd := set(config.modules) ^ set(layers):
         raise ValueError(f"the adapter adapts other modules than the model (see {min(odd)}): adapt the same modules")
+    places = _places(model, config, layers)
+    any_size = config.head if any_head_size else ()
+    for name in sorted((tensors.keys() - config.tied.keys()) | places.keys() | set(config.head)):
+        there = tuple(tensors[name].shape) if name in tensors else "nothing"
+        here = places[name][1] if name in places else "nothing"
+        if "nothing" in (there, here) or (there != here and name not in any_size):
+            raise ValueError(f"{name}: the adapter holds {there}, the model needs {here}: {_origin(config)}")
+    names: dict[int, str] = {}  # id of a tensor of the model -> its first name
+    for name, (tensor, _) in places.items():
+        first = names.setdefault(id(tensor), name)
+        if tensors[first] is not tensors[name] and not torch.equal(tensors[first], tensors[name]):
+            raise ValueError(
+                f"{first} and {name} are one tensor in the model and two in the adapter: untie the weights, or leave "
+                "share_outer out"
+            )
+    return layers
+
+
+def _places(
+    model: nn.Module, config: AdapterConfig, layers: Mapping[str, LoRALayer]
+) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    """Name of each tensor that the adapter must hold -> (the model's tensor for it, and its shape, of a factor that of
+    the live part). Raises ValueError if a layer has another initial rank, or fewer singular values than the adapter."""
     state = model.state_dict(keep_vars=True)
-    own = {name: state[name] for name in config.head if name in state}  # the adapter's name -> tensor of the model
-    needed = dict(own)  # of factors only the live part
+    places = {name: (state[name], tuple(state[name].shape)) for name in config.head if name in state}
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
         if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
@@ -224,21 +246,8 @@ def fitting_layers(
             named = _named_factors(name, layer).items()
             for (factor, parameter), values in zip(named, layer.select(live), strict=True):
                 if factor not in config.head:
-                    own[factor], needed[factor] = parameter, values
-    for name in sorted((tensors.keys() - config.tied.keys()) | needed.keys() | set(config.head)):
-        there, here = (tuple(of[name].shape) if name in of else "nothing" for of in (tensors, needed))
-        any_size = any_head_size and name in config.head
-        if "nothing" in (there, here) or (there != here and not any_size):
-            raise ValueError(f"{name}: the adapter holds {there}, the model needs {here}: {_origin(config)}")
-    names: dict[int, str] = {}  # id of a tensor of the model -> its first name
-    for name, tensor in own.items():
-        first = names.setdefault(id(tensor), name)
-        if tensors[first] is not tensors[name] and not torch.equal(tensors[first], tensors[name]):
-            raise ValueError(
-                f"{first} and {name} are one tensor in the model and two in the adapter: untie the weights, or leave "
-                "share_outer out"
-            )
-    return layers
+                    places[factor] = parameter, tuple(values.shape)
+    return places
 
 
 def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, LoRALayer]:

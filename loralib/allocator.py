@@ -99,7 +99,8 @@ class RankAllocator:
         total_steps: optimiser steps of the whole training.
         target_rank: average final rank of a layer.
         init_warmup: steps before pruning starts; None means a tenth of the training.
-        final_warmup: number of last steps, in which the mask is fixed; None means half of the training.
+        final_warmup: number of last steps, in which the mask is fixed; None means half of the training. For the tasks
+            of GLUE, configs/tasks/*.yaml give both to run_glue.py.
         mask_interval: steps between two maskings.
         beta1, beta2: decay rates of the moving averages of sensitivity and uncertainty, in (0, 1).
         importance: ``"inner"`` or ``"full"``, see the module's docstring.

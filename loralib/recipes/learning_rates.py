@@ -20,7 +20,8 @@ def parameter_groups(
 
     Args:
         lr: learning rate of the factors.
-        value_lr_ratio: rate of the singular values e, in multiples of ``lr``.
+        value_lr_ratio: rate of the singular values e, in multiples of ``lr``; run_glue.py gives 4 for the methods
+            lora2_plus and lora2_shared (configs/methods/).
         b_lr_ratio: rate of LoRA's B, in multiples of ``lr`` (LoRA+, arXiv 2402.12354, which uses 16).
         head_lr: rate of the trainable parameters that are not factors; None is ``lr``. Unfreeze a new head first.
 
