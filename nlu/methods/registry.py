@@ -5,7 +5,6 @@ Files whose names begin with an underscore hold the layers and callbacks of a me
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import pkgutil
 from collections.abc import Iterable
@@ -63,9 +62,13 @@ def apply_without_weights(model: nn.Module, args: Any, total_steps: int) -> Appl
     """
     import torch
 
-    with torch.device("meta"), contextlib.suppress(NotImplementedError, RuntimeError):
-        return METHODS[args.method].apply(model, args, total_steps)
-    return None
+    try:
+        with torch.device("meta"):
+            return METHODS[args.method].apply(model, args, total_steps)
+    except RuntimeError as error:  # "Cannot copy out of meta tensor", "aten::bincount: … with Meta tensors"
+        if "meta tensor" not in str(error).lower():
+            raise
+        return None
 
 
 # ---- the adapter's card --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from nlu.command_line import parse_arguments
 from nlu.errors import UsageError
 from nlu.methods.method import head_parameters
 from nlu.methods.peft_methods import make_peft_config
-from nlu.methods.registry import METHODS, _by_name, count_parameters, method_arguments
+from nlu.methods.registry import METHODS, _by_name, apply_without_weights, count_parameters, method_arguments
 from nlu.model import set_precision
 from nlu.run_glue import main
 from tests.loralib import small
@@ -295,6 +295,23 @@ def test_pruned_parameters_of_pefts_adalora_are_the_rows_and_columns_of_its_zero
 def test_a_peft_config_that_would_train_something_else_is_refused(content, message):
     with pytest.raises(UsageError, match=message):
         make_peft_config(content, 10)
+
+
+@pytest.mark.parametrize("config, known", [
+    ({"peft_type": "LORA"}, True), ({"peft_type": "UNILORA"}, False), ({"peft_type": "BOFT"}, False),
+])  # fmt: skip
+def test_size_without_weights_is_unknown_only_for_layers_that_read_them(config, known, monkeypatch):
+    args = arguments_of("peft", peft_config=config | {"target_modules": ["query"]})
+    with torch.device("meta"):
+        model = small.encoder()
+    assert (apply_without_weights(model, args, 100) is not None) == known
+
+    def broken(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setitem(METHODS, "peft", replace(METHODS["peft"], apply=broken))
+    with pytest.raises(RuntimeError, match="shapes"):
+        apply_without_weights(model, args, 100)
 
 
 def test_two_flags_or_methods_of_one_name_are_refused():
