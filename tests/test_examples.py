@@ -63,13 +63,15 @@ def test_own_trainer_example_learns():
     assert own_trainer.main(["--steps", "100"])["eval_accuracy"] > 0.3
 
 
-def test_own_task_notebook_labels_new_texts(encoder_path, tmp_path, monkeypatch):
+def test_own_task_notebook_labels_new_texts_as_its_committed_outputs_do(encoder_path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "examples/own_task.ipynb", as_version=4)
     parameters = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert parameters.source.startswith("MODEL = ")
+    committed = notebook.cells[-1].outputs[-1].data["text/plain"]
     parameters.source = f"MODEL = {str(encoder_path)!r}"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert notebook.cells[-1].outputs[-1].data["text/plain"] == committed
     texts = pd.read_csv(tmp_path / "new.csv")["text"]
     praise = texts.str.contains("great|lovely|charming|excellent")
     expected = praise.map({True: "praise", False: "complaint"})
