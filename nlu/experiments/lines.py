@@ -18,6 +18,7 @@ from nlu.errors import UsageError, one_line
 from nlu.experiments.experiment import Run, portable
 from nlu.methods.registry import METHODS
 from nlu.runs.identity import PLACES
+from nlu.tasks import TASKS
 
 COPIED = (
     "metric", "best", "best_step", "last", "test_scores", "steps", "weights_step", "model", "model_commit",
@@ -55,7 +56,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "axes": run.axes,
         "status": status,
         "error": error,
-        "task": record.get("task"),
+        "task": _task_name(run, record),
         "method": record.get("method"),
         "seed": seed,
         "arguments": own,
@@ -72,10 +73,22 @@ def label_of(run: Run, method: str) -> str:
     """A run's name in tables: the labels of the grid's axes, except task and seed; `method` is the base method."""
     names = []
     for axis, value in portable(run.axes).items():
-        if axis not in ("task_name", "seed"):
-            text = value if isinstance(value, str) else f"{axis}={value}"
+        text = value if isinstance(value, str) else f"{axis}={value}"
+        if axis not in ("task_name", "seed") and text not in run.data.split(", "):
             names.append(_method_name(text, method) if axis == "method" else text)
     return ", ".join(names) or _method_name(str(run.arguments.get("method")), method)
+
+
+def _task_name(run: Run, record: dict[str, Any]) -> str | None:
+    """The task in tables. Own data are named by their label in the grid, or by the training file or its folder."""
+    task = record.get("task")
+    if task != "custom":
+        return task
+    file = Path(record["arguments"]["train_file"])
+    name = file.parent.name if file.stem == "train" and file.parent.name else file.stem
+    if run.data and "train_file" not in run.axes:
+        name = run.data
+    return f"{name} (own)" if name in TASKS else name
 
 
 def _method_name(name: str, base: str) -> str:
@@ -154,6 +167,8 @@ def _check(line: dict[str, Any]) -> None:
         numbers = [line["seed"], line["last"], *steps, *losses, *scores]
         if not steps or not len(steps) == len(losses) == len(scores) or not all(map(math.isfinite, numbers)):
             raise ValueError("an evaluation has no step, loss or score")
+        if line["seed"] != line["arguments"].get("seed", line["seed"]):
+            raise ValueError("its arguments have another seed")
         if type(line["seed"]) is not int or max(map(abs, [line["last"], *scores])) > 1:
             raise ValueError("the seed is a whole number, and a score is at most 1")
         if not {"task", "method"} <= line.keys():

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import loralib
 from nlu.errors import UsageError
-from nlu.experiments.experiment import Run, portable
+from nlu.experiments.experiment import Run, make_experiment, portable
 from nlu.experiments.lines import measured_line, publish_run, read_lines, write_line
 from nlu.metrics import constant_loss
 from nlu.tasks import TASKS
@@ -106,6 +106,24 @@ def test_lines_are_sorted_replaced_and_removed(tmp_path):
     assert [each["seed"] for each in read_lines(path).values()] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("file", "grid", "task"),
+    [
+        ("data/tickets.csv", {}, "tickets"),
+        ("data/tickets/train.csv", {}, "tickets"),
+        ("rte.csv", {}, "rte (own)"),
+        ("a/train.csv", {"data": {"tickets": {"train_file": "a/train.csv"}}}, "tickets"),
+        ("a/train.csv", {"train_file": ["a/train.csv"]}, "a"),
+    ],
+)
+def test_own_data_are_a_task_with_a_name(file, grid, task):
+    """Two data sets of one's own are two tasks of a table, not two rows."""
+    (run,) = make_experiment("own", {"method": ["lora"], **grid, "seed": [1]}, base={"train_file": file}).runs
+    record = {"status": "failed", "task": "custom", "method": "lora", "seed": 1, "arguments": {"train_file": file}}
+    made = measured_line(run, record)
+    assert (made["label"], made["task"]) == ("LoRA", task)
+
+
 WHOLE = line("LoRA r=8", "cola", 1, [0.2, 0.3], run="other")
 LOSSES = WHOLE["evaluations"]
 
@@ -118,6 +136,7 @@ LOSSES = WHOLE["evaluations"]
         ({"run": "a"}, "KeyError: 'status'"),
         (line("LoRA r=8", "cola", 1, [0.2]), "is on another line too"),
         (WHOLE | {"train_seconds": float("nan")}, "NaN is not a number of JSON"),
+        (WHOLE | {"arguments": {"seed": 2}}, "its arguments have another seed"),
         (WHOLE | {"seed": "1"}, "must be real number, not str"),
         (WHOLE | {"seed": 1.0}, "the seed is a whole number"),
         (WHOLE | {"last": 5.7}, "a score is at most 1"),

@@ -126,5 +126,9 @@ def test_seeds_with_other_settings_or_data_are_not_averaged():
         assert len(set(labels({"digests": {name: "a"}}, {"digests": {name: "b"}}))) == 2
     assert labels({}, {"model_commit": "c0ffee"}) == ["LoRA, model_commit=None", "LoRA, model_commit=c0ffee"]
     assert len(set(labels({"effective_batch_size": 8}, {"effective_batch_size": 32}))) == 2
+    matched = {"arguments": {"lora_k": "match:lora"}}  # whose file has changed between the runs
+    assert labels(*(matched | {"digests": {"lora_k": digest * 64}} for digest in "ab")) == [
+        f"LoRA, lora_k=match:lora ({digest * 8})" for digest in "ab"
+    ]
     assert labels({"arguments": {"lora_r": 4}}, {"arguments": {}}) == ["LoRA, lora_r=4", "LoRA, lora_r=8"]
     assert labels({"arguments": {"logging_steps": 5}}, {"arguments": {"report_to": ["wandb"]}}) == ["LoRA"] * 2

@@ -173,7 +173,8 @@ def test_own_files_replace_a_task_and_their_folder_is_not_recorded(run_sweep, tm
     content = {"name": "own", "base": base, "grid": {**grid, "seed": [1]}}
     assert run_sweep(content)[0] == 0
     lines = lines_of(tmp_path, "own")
-    assert {line["label"] for line in lines.values()} == {"LoRA, train.csv", "LoRA, other.csv"}
+    named = {(line["label"], line["task"]) for line in lines.values()}
+    assert named == {("LoRA", tmp_path.name), ("LoRA", "other")}  # train.csv has the name of its folder
     assert set(lines) == {"lora-train.csv-seed=1", "lora-other.csv-seed=1"} and str(tmp_path) not in json.dumps(lines)
 
 
