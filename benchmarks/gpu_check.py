@@ -35,7 +35,7 @@ from loralib.files import write_text
 from nlu import ROOT
 from nlu.experiments.launchers import available_cores
 from nlu.fast import TECHNIQUES
-from nlu.runs.machine import COMMIT, machine, now, versions
+from nlu.runs.machine import commit_of_code, machine, now, versions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = DEVICE == "cpu"
@@ -266,7 +266,7 @@ def run_checks(out: Path) -> list[dict[str, Any]]:
     """Run every check, within :data:`SECONDS` in total, and write the results so far after each."""
     started, results = time.monotonic(), []
     shares = [seconds for _, seconds in CHECKS.values()]
-    record = {"started_at": now(), "commit": COMMIT, "versions": versions(), "results": results}
+    record = {"started_at": now(), "commit": commit_of_code(), "versions": versions(), "results": results}
     record["machine"] = machine(torch.device(DEVICE))
     for i, name in enumerate(CHECKS):
         left = started + SECONDS - time.monotonic() - sum(shares[i + 1 :])

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import shutil
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,27 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from sklearn.utils.class_weight import compute_class_weight
 from transformers import set_seed
 
 from nlu.arguments import Arguments
 from nlu.command_line import fit_schedule
 from nlu.data.batching import planned_steps
-from nlu.data.prediction_files import predict_splits
+from nlu.data.prediction_files import draw_confusion, write_predictions
 from nlu.data.splits import Data, description_lines, reorder_labels, tokenize
 from nlu.errors import UsageError, reason
 from nlu.experiments.lines import publish_run
 from nlu.methods.registry import METHODS, apply_without_weights
-from nlu.metrics import constant_loss
+from nlu.metrics import class_report, compute_glue_metrics, constant_loss, to_labels
 from nlu.model import limit_length, load_config, load_model, set_precision, without_weights
 from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.folder import RunFolder
 from nlu.runs.identity import PLACES, changes, content_digests
 from nlu.runs.log import log_to, say
+from nlu.runs.machine import commit_of_code
 from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all, without_accelerate_fsdp
 from nlu.runs.record import RunRecord, say_outcome, say_start
 from nlu.runs.saved_adapter import save_run_adapter, start_from_adapter, upload_adapter
-from nlu.tasks import Task
+from nlu.tasks import TASKS, Task
 from nlu.trainer import GlueTrainer, trainer_arguments
 
 logger = logging.getLogger("nlu")
@@ -46,6 +47,7 @@ def run(arguments: Arguments, data: Data) -> None:
         UsageError: if the arguments, the data, the model and the folder do not fit together.
         RunError: if the training cannot continue, or an upload fails. Interrupted: after a signal.
     """
+    commit_of_code()
     folder = RunFolder(arguments, common_digests(arguments))
     with contextlib.ExitStack() as held:  # the folder's lock: rank 0 holds it for all
         state, previous = first_computes(lambda: held.enter_context(folder.hold()))
@@ -195,6 +197,8 @@ def class_weights(arguments: Arguments, task: Task, labels: np.ndarray | None) -
         raise UsageError(f"--{flag} is for classification, but the labels of {task.name} are numbers: leave it out")
     if asked is None or labels is None:
         return None
+    from sklearn.utils.class_weight import compute_class_weight  # takes half a second
+
     try:
         return compute_class_weight(asked, classes=np.arange(task.num_labels), y=labels).tolist()
     except ValueError as error:
@@ -217,3 +221,31 @@ def train_and_evaluate(trainer: GlueTrainer, checkpoint: str | None) -> None:
     scored = [entry["step"] for entry in trainer.state.log_history if f"eval_{trainer.task.metric}" in entry]
     if trainer.args.do_eval and trainer.weights_step not in scored:
         trainer.evaluate()
+
+
+def predict_splits(trainer: GlueTrainer) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
+    """Predict the validation and test splits, and write the predictions into ``predictions/``.
+
+    Returns:
+        File stem -> metrics of each test set, and file stem -> :func:`~nlu.metrics.class_report` of each set with
+        classes. Both cover only sets whose labels are known (validation sets, MRPC's test set, a user's own). Each
+        report's confusion matrix is drawn beside the predictions.
+    """
+    task, folder = trainer.task, Path(trainer.arguments.root_output_dir) / "predictions"
+    scores, reports = {}, {}
+    for split, rows in trainer.splits.items():
+        if split == "train":
+            continue
+        known = "labels" in rows.column_names  # tokenize leaves hidden labels out
+        output = trainer.predict(rows.remove_columns("labels") if known else rows)
+        if not trainer.args.should_save:
+            continue
+        labels, truth = to_labels(task, output.predictions), rows["labels"][:] if known else None
+        path = write_predictions(task, split, rows["idx"][:], labels, folder, truth)
+        if known and split in task.test_splits:
+            metrics = TASKS.get(split.removeprefix("test_"), task).metrics  # AX has its own
+            scores[path.stem] = compute_glue_metrics(replace(task, metrics=metrics), labels, truth)
+        if known and not task.is_regression:
+            reports[path.stem] = class_report(task, labels, truth)
+            draw_confusion(reports[path.stem], path.with_suffix(".png"))
+    return scores, reports

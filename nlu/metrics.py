@@ -13,8 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score, matthews_corrcoef
 
 from nlu.tasks import TASKS, Task
 
@@ -29,15 +27,27 @@ def _correlation(function: Callable, references: np.ndarray, predictions: np.nda
     return value if np.isfinite(value) else 0.0
 
 
-# Functions of (references, predictions). Macro-F1 is the mean over the classes that are present or predicted.
-_macro_f1 = partial(f1_score, average="macro", zero_division=0)
-_FUNCTIONS = {
-    "accuracy": accuracy_score,
-    "macro_f1": _macro_f1,
-    "matthews_correlation": matthews_corrcoef,
-    "pearson": partial(_correlation, pearsonr),
-    "spearmanr": partial(_correlation, spearmanr),
-}
+def _function(name: str, task: Task) -> Callable:
+    """A metric as a function of (references, predictions). The libraries take half a second to import."""
+    if name in ("pearson", "spearmanr"):
+        from scipy.stats import pearsonr, spearmanr
+
+        return partial(_correlation, pearsonr if name == "pearson" else spearmanr)
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    # Macro-F1 is the mean over the classes that are present or predicted.
+    macro_f1 = partial(f1_score, average="macro", zero_division=0)
+    return {
+        "accuracy": accuracy_score,
+        "f1": partial(macro_f1, labels=[task.positive]),
+        "macro_f1": macro_f1,
+        "matthews_correlation": matthews_corrcoef,
+    }[name]
+
+
+def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
+    """Class numbers, or for regression the number itself, from logits (n, labels)."""
+    return logits[:, 0] if task.is_regression else logits.argmax(-1)
 
 
 def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence) -> dict[str, float]:
@@ -56,8 +66,7 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
     low, high = (task.value_range or (-np.inf, np.inf)) if task.is_regression else (0, task.num_labels - 1)
     if not ((references >= low) & (references <= high)).all():
         raise ValueError(f"{task.name}: the references hold hidden labels; they cannot be scored")
-    functions = {**_FUNCTIONS, "f1": partial(_macro_f1, labels=[task.positive])}
-    return {name: float(functions[name](references, predictions)) for name in task.metrics}
+    return {name: float(_function(name, task)(references, predictions)) for name in task.metrics}
 
 
 def constant_loss(
@@ -88,6 +97,8 @@ def class_report(task: Task, predictions: Sequence, references: Sequence) -> dic
         "labels": the class words; "classes": class word -> precision, recall, f1-score (in [0, 1]) and support (its
         rows); "confusion_matrix": counts, (true class, predicted class).
     """
+    from sklearn.metrics import classification_report, confusion_matrix
+
     classes = range(task.num_labels)
     report = classification_report(references, predictions, labels=classes, output_dict=True, zero_division=0)
     return {

@@ -28,6 +28,7 @@ from nlu.data.file_formats import FORMATS, Reader, Row
 from nlu.errors import OneLineParser, UsageError, program
 from nlu.json_yaml import finite
 from nlu.runs.signals import stopped_by_signals
+from nlu.startup import quick_imports
 
 BATCHES_IN_BUFFER = 32  # batches whose rows are sorted by length together: more save padding, fewer write sooner
 
@@ -43,11 +44,10 @@ def main(words: Sequence[str]) -> None:
     with nullcontext(sys.stdin.buffer) if arguments.input == "-" else open(arguments.input, "rb") as stream:
         name, form = (arguments.input, None) if arguments.input != "-" else ("standard input", "jsonl")
         reader = Reader(stream, name, arguments.input_format or form, encoding=arguments.encoding)
-        from tqdm import tqdm
+        with quick_imports():  # only now, so that a bad file is refused before libraries load
+            from tqdm import tqdm
 
-        from nlu.trained_model import (
-            load_predictor,  # imported here so that a bad file is refused before libraries load
-        )
+            from nlu.trained_model import load_predictor
 
         predictor = load_predictor(arguments)
         keep = reader.kind in ("csv", "tsv") if arguments.keep_columns is None else arguments.keep_columns

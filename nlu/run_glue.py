@@ -17,6 +17,7 @@ from nlu.command_line import parse_arguments
 from nlu.errors import exit_code
 from nlu.runs.processes import end_processes, is_first, start_processes
 from nlu.runs.signals import Interrupted, stopped_by_signals
+from nlu.startup import quick_imports
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,12 +31,13 @@ def main(argv: list[str] | None = None) -> int:
     with stopped_by_signals():
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-            start_processes(arguments.use_cpu)  # from here on an error in one process ends the others' wait for it
             # Imports that take seconds come only now, so that bad arguments are reported at once.
-            from nlu.data.splits import load_data
+            with quick_imports():
+                start_processes(arguments.use_cpu)  # from here on an error in one process ends the others' wait for it
+                from nlu.data.splits import load_data
 
-            data = load_data(arguments)
-            from nlu.fine_tuning import run
+                data = load_data(arguments)
+                from nlu.fine_tuning import run
 
             run(arguments, data)
         except BaseException as error:

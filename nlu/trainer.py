@@ -31,11 +31,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from loralib.recipes.trainer_mixin import LowRankTrainerMixin
 from nlu.arguments import Arguments
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size
-from nlu.data.prediction_files import to_labels
 from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.methods.registry import METHODS
-from nlu.metrics import compute_glue_metrics
+from nlu.metrics import compute_glue_metrics, to_labels
 from nlu.runs.checkpoints import WholeCheckpoints, last_checkpoint
 from nlu.runs.log import ProgressLines
 from nlu.runs.machine import peak_memory_bytes

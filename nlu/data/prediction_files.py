@@ -3,52 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from loralib.files import write_text
-from nlu.metrics import class_report, compute_glue_metrics
 from nlu.tasks import TASKS, Task
-
-if TYPE_CHECKING:
-    from nlu.trainer import GlueTrainer
-
-
-def to_labels(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Class numbers, or for regression the number itself, from logits (n, labels)."""
-    return logits[:, 0] if task.is_regression else logits.argmax(-1)
-
-
-def predict_splits(trainer: GlueTrainer) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
-    """Predict the validation and test splits, and write the predictions into ``predictions/``.
-
-    Returns:
-        File stem -> metrics of each test set, and file stem -> :func:`~nlu.metrics.class_report` of each set with
-        classes. Both cover only sets whose labels are known (validation sets, MRPC's test set, a user's own). Each
-        report's confusion matrix is drawn beside the predictions.
-    """
-    task, folder = trainer.task, Path(trainer.arguments.root_output_dir) / "predictions"
-    scores, reports = {}, {}
-    for split, rows in trainer.splits.items():
-        if split == "train":
-            continue
-        known = "labels" in rows.column_names  # tokenize leaves hidden labels out
-        output = trainer.predict(rows.remove_columns("labels") if known else rows)
-        if not trainer.args.should_save:
-            continue
-        labels, truth = to_labels(task, output.predictions), rows["labels"][:] if known else None
-        path = write_predictions(task, split, rows["idx"][:], labels, folder, truth)
-        if known and split in task.test_splits:
-            metrics = TASKS.get(split.removeprefix("test_"), task).metrics  # AX has its own
-            scores[path.stem] = compute_glue_metrics(replace(task, metrics=metrics), labels, truth)
-        if known and not task.is_regression:
-            reports[path.stem] = class_report(task, labels, truth)
-            draw_confusion(reports[path.stem], path.with_suffix(".png"))
-    return scores, reports
 
 
 def write_predictions(

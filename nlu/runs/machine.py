@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -24,7 +25,7 @@ def versions() -> dict[str, str]:
     return found | {"torch": str(torch.__version__)}  # with its build, which the package's metadata may lack
 
 
-def git_commit(root: Path = ROOT) -> str | None:
+def git_commit(root: Path) -> str | None:
     """A checkout's commit, with ``-dirty`` if tracked files differ from it; None outside a checkout.
 
     Files under ``results`` are ignored: runs and tables write there, and no run loads code from it.
@@ -41,6 +42,12 @@ def git_commit(root: Path = ROOT) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{commit}-dirty" if changed else commit
+
+
+@functools.cache
+def commit_of_code() -> str | None:
+    """The commit of this code; first called when it has been loaded, because a checkout may hold another one later."""
+    return git_commit(ROOT)
 
 
 def processor() -> str:
@@ -82,7 +89,3 @@ def peak_memory_bytes() -> int:
 def now() -> str:
     """The time as ISO 8601 in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-# Read when the code is loaded: the checkout may hold another commit by the time the record is written.
-COMMIT = git_commit()

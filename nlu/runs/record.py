@@ -17,7 +17,7 @@ from nlu.json_yaml import finite
 from nlu.methods.registry import METHODS, count_parameters, flag_methods
 from nlu.runs.folder import RECORD
 from nlu.runs.log import say
-from nlu.runs.machine import COMMIT, machine, now, peak_memory_bytes, versions
+from nlu.runs.machine import commit_of_code, machine, now, peak_memory_bytes, versions
 from nlu.runs.processes import is_first
 
 FORMAT_VERSION = 1
@@ -35,7 +35,11 @@ class RunRecord(TrainerCallback):
         arguments = trainer.arguments
         self.path, self.trainer = Path(arguments.root_output_dir) / RECORD, trainer
         self._peak_before = previous["peak_memory_bytes"] if previous else 0  # of the processes that stopped
-        self._environment = {"versions": versions(), "git_commit": COMMIT, "machine": machine(trainer.args.device)}
+        self._environment = {
+            "versions": versions(),
+            "git_commit": commit_of_code(),
+            "machine": machine(trainer.args.device),
+        }
         task, ranks = trainer.task, trainer.low_rank.ranks
         self.fields = {
             "task": task.name,
