@@ -85,8 +85,12 @@ def missing(every: pd.DataFrame) -> list[str]:
         crashed = (lost.status == "failed").sum()
         ended = f", of which {crashed} ended early" if crashed else ""
         found.append(f"{len(lost)} of {len(every)} runs have no score{ended}: {'; '.join(named)}.")
-    seeds = every.groupby("label", sort=False).seed.agg(lambda own: ", ".join(map(str, sorted(set(own)))))
-    if seeds.nunique() > 1:
-        named = [f"{' and '.join(own.index)} {text}" for text, own in seeds.groupby(seeds, sort=False)]
-        found.append(f"The seeds differ ({'; '.join(named)}): only runs of the same seed are compared.")
+    differing: dict[str, list[str]] = {}
+    for task, runs in every.groupby("task", sort=False):
+        seeds = runs.groupby("label", sort=False).seed.agg(lambda own: ", ".join(map(str, sorted(set(own)))))
+        if seeds.nunique() > 1:
+            named = [f"{' and '.join(own.index)} {text}" for text, own in seeds.groupby(seeds, sort=False)]
+            differing.setdefault("; ".join(named), []).append(HEADINGS.get(task, task))
+    for named, tasks in differing.items():
+        found.append(f"The seeds differ on {', '.join(tasks)} ({named}): only runs of the same seed are compared.")
     return found
