@@ -78,7 +78,8 @@ def main(words: Sequence[str]) -> int:
         code, tried, experiment = tuned.code, tuned.lines, tuning.finals(tuned)
     final_code, found = run_all(experiment)
     lines = [found[run.name] for run in experiment.runs if run.name in found]
-    write_comparison(lines, tried, list(labels.values()), notes, args.output_dir / experiment.name)
+    folder, reference = args.output_dir / experiment.name, labels.get(args.reference)
+    write_comparison(lines, tried, list(labels.values()), notes, folder, reference)
     return max(code, final_code)
 
 
@@ -91,7 +92,11 @@ def own_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
-    add("--reference", metavar="NAME", help="the one of --methods that the others are compared with (the first)")
+    add(
+        "--reference",
+        metavar="NAME",
+        help="the one of --methods that the others are compared with (LoRA, else the first)",
+    )
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
     add("--tune", nargs="?", const="", metavar="RATES",
         help="first choose each method's learning rate by its score on a held-out tenth of the training set, from "

@@ -34,7 +34,7 @@ from nlu.data.glue import required_files
 from nlu.errors import OneLineParser, UsageError, program, reason
 from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
-from nlu.experiments.lines import read_lines
+from nlu.experiments.lines import read_lines, write_plan
 from nlu.experiments.sweep_loop import Sweep
 from nlu.json_yaml import parse_yaml
 from nlu.runs.identity import INPUTS
@@ -81,15 +81,19 @@ def main(words: Sequence[str]) -> int:
         UsageError: anything wrong with the file, the flags or the records found, before the first run starts.
     """
     args = build_parser().parse_args(words)
-    experiment = load_experiment(args.experiment, dict(args.set))
+    whole = experiment = load_experiment(args.experiment, dict(args.set))
     if args.only is not None:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
     check(experiment.runs)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     launcher = _launcher(args, experiment)
     print(f"devices: {launcher}")
-    run_all = partial(_show, args) if args.dry_run else partial(_run, args, launcher)
-    code, finals = 0, experiment
+    if args.dry_run:
+        _show(args, experiment)
+        return 0
+    write_plan(args.measured_dir / f"{whole.name}.jsonl", whole)
+    run_all = partial(_run, args, launcher)
+    code = 0
     if any(run.rates for run in experiment.runs):
         from nlu.experiments.tuning import Tuning  # takes seconds
 
@@ -98,11 +102,8 @@ def main(words: Sequence[str]) -> int:
         if tuned.code > 1:  # stopped
             return tuned.code
         print("\n".join(f"tuning: {line}" for line in tuning.report(tuned)))
-        code, finals = tuned.code, tuning.finals(tuned)
-    if args.dry_run:
-        for name in [run.name for run in experiment.runs if run.name not in {final.name for final in finals.runs}]:
-            print(f"{'waits':<10}{name}\n    for its learning rate")
-    return max(code, run_all(finals)[0])
+        code, experiment = tuned.code, tuning.finals(tuned)
+    return max(code, run_all(experiment)[0])
 
 
 def _launcher(args: argparse.Namespace, experiment: Experiment) -> LocalLauncher | SlurmLauncher:
@@ -120,13 +121,29 @@ def _run(
     return sweep.run(launcher, args.rerun_changed), read_lines(sweep.measured)
 
 
-def _show(args: argparse.Namespace, experiment: Experiment) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Print the state and the command of each run; returns 0 and the lines."""
-    sweep = Sweep(experiment, args.measured_dir, args.output_dir, args.command)
-    states = sweep.states()
+def _show(args: argparse.Namespace, experiment: Experiment) -> None:
+    """Print the state and the command of each run, and what all of them cost; runs without a rate yet wait for it."""
+    from nlu.experiments.cost import cost_lines
+
+    texts: dict[str, str] = {}
+
+    def show(part: Experiment) -> tuple[int, dict[str, dict[str, Any]]]:
+        sweep = Sweep(part, args.measured_dir, args.output_dir, args.command)
+        states = sweep.states()
+        for run in part.runs:
+            texts[run.name] = f"{states[run.name]:<10}{run.name}\n    {shlex.join(sweep.command_line(run))}"
+        return 0, read_lines(sweep.measured)
+
+    tried, finals = [], experiment
+    if any(run.rates for run in experiment.runs):
+        from nlu.experiments.tuning import Tuning  # takes seconds
+
+        tuning = Tuning(experiment)
+        tried, finals = tuning.runs(tuning.grids), tuning.finals(tuning.find(show))
+    show(finals)
     for run in experiment.runs:
-        print(f"{states[run.name]:<10}{run.name}\n    {shlex.join(sweep.command_line(run))}")
-    return 0, read_lines(sweep.measured)
+        texts.setdefault(run.name, f"{'waits':<10}{run.name}\n    for its learning rate")
+    print("\n".join([*texts.values(), *cost_lines(tried, experiment.runs, args.gpus_per_run)]))
 
 
 def check(runs: list[Run]) -> None:

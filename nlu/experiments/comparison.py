@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -94,3 +98,10 @@ def missing(every: pd.DataFrame) -> list[str]:
     for named, tasks in differing.items():
         found.append(f"The seeds differ on {', '.join(tasks)} ({named}): only runs of the same seed are compared.")
     return found
+
+
+def not_ended(planned: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence about the planned runs that have no line, see :func:`nlu.experiments.lines.read_plan`."""
+    rows = Counter((run["label"], HEADINGS.get(run["task"], run["task"])) for run in planned)
+    named = [f"{label} on {task} ({count})" for (label, task), count in rows.items()]
+    return [f"{len(planned)} planned run(s) have not ended: {', '.join(named)}."] if named else []

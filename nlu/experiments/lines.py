@@ -12,10 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from loralib.files import locked, write_text
-from nlu.command_line import DEFAULTS
+from loralib.files import locked, write_json, write_text
+from nlu.command_line import DEFAULTS, method_file
 from nlu.errors import UsageError, one_line
-from nlu.experiments.experiment import Run, portable
+from nlu.experiments.experiment import Experiment, Run, portable
+from nlu.json_yaml import read_json
 from nlu.methods.registry import METHODS
 from nlu.runs.identity import PLACES
 from nlu.tasks import TASKS
@@ -119,6 +120,29 @@ def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
     path = measured / f"{record['model']}.jsonl"
     write_line(path, name, measured_line(Run(name, axes, axes), record))
     return path
+
+
+def write_plan(path: Path, experiment: Experiment) -> None:
+    """Write beside a file of lines (NAME.plan.json) which runs it will have: a table can name those it lacks."""
+    bases = {run.arguments["method"]: method_file(run.arguments["method"])[0] for run in experiment.runs}
+    runs = [
+        {
+            "run": run.name,
+            "label": label_of(run, bases[run.arguments["method"]]),
+            "task": run.arguments.get("task_name") or "custom",
+            "seed": run.arguments["seed"],
+        }
+        for run in experiment.runs
+    ]
+    rule = experiment.tune.one_rate_for if experiment.tune else None
+    write_json(path.with_suffix(".plan.json"), {"one_rate_for": rule, "runs": runs})
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """What :func:`write_plan` wrote beside a file of lines: `one_rate_for`, and `runs`, those without a line yet."""
+    plan = read_json(path.with_suffix(".plan.json")) or {"one_rate_for": None, "runs": []}
+    there = read_lines(path)
+    return plan | {"runs": [run for run in plan["runs"] if run["run"] not in there]}
 
 
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:

@@ -12,9 +12,10 @@ import pandas as pd
 
 from loralib.files import write_bytes, write_text
 from nlu.errors import UsageError
-from nlu.experiments.comparison import advice, answer, missing
+from nlu.experiments.comparison import advice, answer, missing, not_ended
 from nlu.experiments.fairness import unlike_scales
 from nlu.experiments.figures import Drawing, Styles, draw, styles_of
+from nlu.experiments.lines import read_plan
 from nlu.experiments.statistics import as_frame, finished, load_measured, references
 from nlu.experiments.tables import (
     as_csv,
@@ -50,7 +51,7 @@ class Section:
 def write_report(measured: Path, output: Path) -> None:
     """Write the page of all experiments in `measured`, README.md, with its tables and figures, to the folder `output`.
 
-    The lines of NAME_tuning.jsonl are shown with the experiment NAME. The same lines and versions give the same files.
+    NAME_tuning.jsonl and NAME.plan.json belong to the experiment NAME. The same lines and versions give the same files.
 
     Raises:
         UsageError: no run has finished, a line is damaged, or `output` holds a page that is not a report.
@@ -66,7 +67,10 @@ def write_report(measured: Path, output: Path) -> None:
     for name, every in runs.items():
         tuning = tunings.get(name, every[:0])
         scales = {task: own.groupby("label", sort=False).scale.first().dropna() for task, own in every.groupby("task")}
-        part = section(every, tuning, styles, references(every), unlike_scales(scales), f"figures/{name}_")
+        plan = read_plan(measured / f"{name}.jsonl")
+        notes = [*unlike_scales(scales), *not_ended(plan["runs"])]
+        per_task = plan["one_rate_for"] == "row_and_task"
+        part = section(every, tuning, styles, references(every), notes, f"figures/{name}_", per_task)
         parts += [f"## {markdown_text(name)}\n", part.text]
         files |= {file: drawing.png() for file, drawing in part.drawings.items()}
         for kind, frame in (("scores", part.scores), ("training", training_frame(every))):
@@ -112,17 +116,18 @@ def section(
     against: Sequence[str],
     notes: Sequence[str],
     prefix: str,
+    per_task: bool = False,
 ) -> Section:
     """The section of one experiment: the answer, the table, what to know about the runs, a figure, published scores.
 
     Args:
         every: its runs. tuning: those of its tuning, possibly none; if all of `every` only try rates, they are shown.
         styles: see :func:`~nlu.experiments.figures.styles_of`. against: labels of the reference rows.
-        notes: further sentences. prefix: of the figures' file names.
+        notes: further sentences. prefix: of the figures' file names. per_task: each row was tuned on each task alone.
     """
     only_tuning = len(every) > 0 and every.held_out.all()
     tuning = every if only_tuning else tuning
-    chosen, tried = tuning_frame(tuning), tuning_runs(tuning)
+    chosen, tried = tuning_frame(tuning, per_task), tuning_runs(tuning)
     parts, scores, drawn = [], pd.DataFrame(), []
     if len(finished(every)):
         scores, sources = with_published(score_frame(every, against), every)

@@ -181,7 +181,8 @@ class Sweep:
                     code = job.poll()
                     if code is not None:
                         del running[name]
-                        if isinstance(job, EarlierJob):
+                        # A process of a killed sweep locks its folder only after some seconds; ours is then refused.
+                        if isinstance(job, EarlierJob) or (code == 2 and is_held(self.folder / name / LOCK)):
                             pending.insert(0, run)  # its folder says whether it has finished
                         else:
                             self._ended(run, code, found)

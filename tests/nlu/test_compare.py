@@ -131,12 +131,12 @@ def test_plan_splits_a_methods_flags_at_their_colons_and_evaluates_every_eval_st
     assert {name: found[name] for name in expected} == expected
 
 
-def test_plan_puts_the_reference_first_splits_between_methods_and_tunes_on_the_held_out_fraction_given():
-    words = "--methods lora2,lora:lora_module=query,value,full --reference full --task_name cola --tune 1e-3,2e-3"
+def test_plan_splits_between_methods_and_tunes_on_the_held_out_fraction_given():
+    words = "--methods lora2,lora:lora_module=query,value,full --task_name cola --tune 1e-3,2e-3"
     args, rest = compare.own_parser().parse_known_args([*words.split(), "--holdout_fraction=0.3"])
     experiment = compare.plan(args, compare.flag_values(rest))
     rows = {run.row: run for run in experiment.runs}
-    assert list(rows) == ["full", "lora2", "lora:lora_module=query,value"]
+    assert list(rows) == ["lora2", "lora:lora_module=query,value", "full"]
     assert rows["lora:lora_module=query,value"].arguments["lora_module"] == "query,value"
     assert experiment.tune.holdout_fraction == 0.3 and "holdout_fraction" not in rows["full"].arguments
     assert {run.rates for run in experiment.runs} == {(1e-3, 2e-3)}

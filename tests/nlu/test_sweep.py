@@ -17,8 +17,10 @@ from loralib.files import locked, write_text
 from nlu import ROOT
 from nlu.errors import UsageError
 from nlu.experiments import launchers, sweep_loop
+from nlu.experiments.comparison import not_ended
 from nlu.experiments.experiment import make_experiment
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
+from nlu.experiments.lines import read_plan
 from nlu.experiments.sweep_loop import Sweep
 from nlu.runs.machine import git_commit
 from tests.nlu import sweeps
@@ -301,8 +303,12 @@ def test_devices_are_those_that_the_accelerators_variable_names(monkeypatch, kin
     assert launchers.visible_devices() == expected
 
 
-def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp_path, monkeypatch, capsys):
-    """After kill -9 of a sweep its runs go on, and hold the locks of their folders."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp_path, monkeypatch, capsys, late):
+    """After kill -9 of a sweep its runs go on, and hold the locks of their folders.
+
+    One that has just started (`late`) takes its lock only when the next sweep has started the run too.
+    """
     monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
     content = BASIC | {"grid": ONE | {"seed": [1, 2]}}
     run, other = make_experiment(**content).runs
@@ -310,15 +316,19 @@ def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp
     (sweep.folder / run.name).mkdir(parents=True)
     sweep.log(run).parent.mkdir()
     sweep.log(run).write_text("devices: CUDA_VISIBLE_DEVICES=0\n")
-    launcher, started, looks = LocalLauncher(), [], []
+    launcher, started, looks, lock = LocalLauncher(), [], [], sweep.folder / run.name / ".lock"
 
     class Job:
         def __init__(self, command, env, **_):
-            started.append((command[-1], env["CUDA_VISIBLE_DEVICES"]))
-            sweeps.main(command[1:])
+            self.refused = run.name in command[-1]
+            if self.refused:
+                held.enter_context(locked(lock))
+            else:
+                started.append(env["CUDA_VISIBLE_DEVICES"])
+                sweeps.main(command[1:])
 
         def poll(self):
-            return 0
+            return 2 if self.refused else 0
 
     def sleep(_):
         looks.append(sweep.states()[run.name])
@@ -329,10 +339,11 @@ def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp
     monkeypatch.setattr(launchers, "LocalJob", Job)
     monkeypatch.setattr(sweep_loop.time, "sleep", sleep)
     with contextlib.ExitStack() as held:
-        held.enter_context(locked(sweep.folder / run.name / ".lock"))
+        if not late:
+            held.enter_context(locked(lock))
         assert sweep.run(launcher) == 0
-    assert looks[:3] == ["running"] * 3 and sweep.states() == {run.name: "finished", other.name: "finished"}
-    assert [device for _, device in started] == ["GPU-5f"]  # the other run alone, on the next device
+    assert looks[:2] == ["running"] * 2 and sweep.states() == {run.name: "finished", other.name: "finished"}
+    assert late or started == ["GPU-5f"]  # the other run, on the next device
     out, err = capsys.readouterr()
     assert "2 run(s) finished now, 0 failed" in out and f"{run.name}: an earlier sweep's process still runs it" in err
 
@@ -346,6 +357,14 @@ def test_two_sweeps_of_one_name_do_not_write_one_file_of_lines(tmp_path, capsys)
     content = BASIC | {"grid": ONE}
     with pytest.raises(UsageError, match="enough"):
         sweep_here(tmp_path, start, content)
+
+
+def test_the_report_names_planned_runs_that_have_not_ended(run_sweep, tmp_path):
+    assert run_sweep(BASIC, "--only", "cola|lora2-.*=1")[0] == 0
+    plan = read_plan(tmp_path / "measured/trial.jsonl")
+    assert [run["run"] for run in plan["runs"]] == ["lora-rte-seed=1", "lora-rte-seed=2", "lora2-rte-seed=2"]
+    assert not_ended(plan["runs"]) == ["3 planned run(s) have not ended: LoRA on RTE (2), LoRA² on RTE (1)."]
+    assert not_ended(read_plan(tmp_path / "measured/none.jsonl")["runs"]) == []
 
 
 def test_data_that_are_not_there_are_refused_in_one_line_before_any_run(run_sweep, tmp_path):

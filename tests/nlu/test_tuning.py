@@ -1,5 +1,7 @@
 """Tuning: how rates are chosen from lines, and experiments with a section `tune` on a stand-in for run_glue."""
 
+import re
+
 import pandas as pd
 import pytest
 
@@ -83,6 +85,25 @@ def test_a_sweep_tunes_on_held_out_rows_extends_the_grid_and_runs_the_finals_wit
     }
     again = run_sweep(TRIAL | {"base": base})[1]
     assert again.count("0 run(s) finished now, 0 failed") == 4  # three rounds of the tuning and the finals
+
+
+def test_a_dry_run_shows_states_and_what_the_experiment_costs(run_sweep, tmp_path):
+    (tmp_path / "train.csv").write_text("sentence,label\n" + "text,1\n" * 100)
+    base = BASE | {"total_batch_size": 32, "train_file": str(tmp_path / "train.csv"), "max_steps": -1}
+    base |= {"num_train_epochs": 5, "validation_file": base["train_file"]}
+    content = {"name": "trial", "base": base, "grid": GRID | {"task_name": [None]}, "tune": TUNE}
+    out = run_sweep(content, "--dry_run")[1]
+    assert re.findall(r"^(\w[\w ]+?)  +\S+seed", out, re.M) == ["to do"] * 4 + ["to do"] * 2 + ["waits"] * 4
+    # 100 rows in steps of 32; 90 of them for half as long in the tuning
+    table = [line.split("  ") for line in re.sub("  +", "  ", out).splitlines()[-5:]]
+    assert table == [
+        ["row", "runs", "steps", "rows", "learning rate"],
+        ["lora", "4", f"{2 * 8 + 2 * 20}", "1,792", "tuned: one of 0.0005, 0.001"],
+        ["lora2", "4", "56", "1,792", "tuned: one of 0.0005, 0.001"],
+        ["full", "2", "40", "1,280", "2e-05 (the method's file, or published)"],
+        ["in total", "10", "152", "4,864"],
+    ]
+    assert not (tmp_path / "output").exists() and not (tmp_path / "measured").exists()
 
 
 def test_a_changed_grid_or_rule_is_refused_only_where_it_changes_a_rate(run_sweep, tmp_path):
