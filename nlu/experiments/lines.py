@@ -129,7 +129,7 @@ def write_plan(path: Path, experiment: Experiment) -> None:
         {
             "run": run.name,
             "label": label_of(run, bases[run.arguments["method"]]),
-            "task": run.arguments.get("task_name") or "custom",
+            "task": run.arguments.get("task_name") or _task_name(run, {"task": "custom", "arguments": run.arguments}),
             "seed": run.arguments["seed"],
         }
         for run in experiment.runs
