@@ -59,7 +59,8 @@ def save_adapter(
         base_model, base_revision: name and revision of the base on the hub, only recorded; by default those in the
             ``config`` of a transformers model (5.24 writes no revision there). If the name is a path, only its last
             part is recorded.
-        card: JSON values, recorded under "card"; task, method, metric, score and notes are also shown in README.md.
+        card: JSON values, recorded under "card"; README.md shows task, method, metric, score and notes, and how_to_load
+            (Markdown) in place of its own text.
         save_tokenizer: called to write the tokenizer's files into the folder too, e.g. ``tokenizer.save_pretrained``.
 
     Returns:

@@ -34,16 +34,14 @@ Or export it, if the format can hold it:
 
     python -m loralib.export path/to/this/folder --to peft OUT                    # a LoRA adapter of peft
     python -m loralib.export path/to/this/folder --to merged OUT --base BASE      # a plain transformers checkpoint"""
-_REBUILD = """The adapter's method adds modules of its own. The GLUE pipeline's predict.py rebuilds them:
-
-    python nlu/predict.py --adapter path/to/this/folder --base BASE --input FILE"""
 
 
 def adapter_card(config: AdapterConfig, library: str = "loralib", how_to_load: str | None = None) -> str:
     """Markdown: what the adapter is, its base, score, labels and ranks, and how to load it.
 
     Args:
-        library: the one that loads the folder. how_to_load: by default the text for an adapter of loralib.
+        library: the one that loads the folder. how_to_load: by default the card's entry of this name, or else the
+            text for an adapter of loralib.
     """
     rows: dict[str, object] = {
         "base model": config.base_model or "not recorded",
@@ -55,13 +53,12 @@ def adapter_card(config: AdapterConfig, library: str = "loralib", how_to_load: s
         rows["labels"] = ", ".join(f"{number} {name}" for number, name in sorted(labels.items()))
     if ranks := config.ranks.values():
         rows["low-rank layers"] = f"{len(ranks)}, stored ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in all"
-    of_loralib = _REBUILD if "method_arguments" in config.card else _LOAD
     return _CARD.format(
         library=library,
         kind=config.kind,
         architecture=config.architecture,
         rows="\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
-        how_to_load=how_to_load or of_loralib,
+        how_to_load=how_to_load or str(config.card.get("how_to_load", _LOAD)),
     )
 
 

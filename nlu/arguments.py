@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -64,6 +65,8 @@ class Flag:
         default: the value if the flag is not given; None if another source then decides.
         range: the allowed numbers; None allows all.
         aliases: other names of the flag, published or older.
+        contents: (value) → what a value that names something stands for, so that a change of it makes another run; None
+            if it stands for nothing.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Flag:
     help: str
     range: Range | None = None
     aliases: tuple[str, ...] = ()
+    contents: Callable[[Any], Any] = lambda value: None
 
     def value(self, text: str) -> Any:
         """Convert a text to the flag's value; raises ArgumentTypeError for an invalid one."""

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from loralib.adapter_folder import has_tokenizer
-from loralib.interop.export import model_folder, quiet_transformers
 from loralib.interop.precision import cast_frozen
+from loralib.interop.transformers_models import model_folder, quiet_transformers
 from nlu.arguments import Arguments
 from nlu.errors import UsageError, reason
 from nlu.fast import ATTENTION, speed_up

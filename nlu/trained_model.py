@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
-from loralib.interop.export import load_base_of, quiet_transformers, revision_of
+from loralib.interop.transformers_models import load_base_of, quiet_transformers, revision_of
 from nlu.data.file_formats import Row
 from nlu.data.splits import encode
 from nlu.errors import UsageError, reason

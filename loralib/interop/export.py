@@ -13,97 +13,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralib.adapter import load_adapter, name_on_hub, save_adapter
-from loralib.adapter_folder import (
-    CARD_FILE,
-    AdapterConfig,
-    copy_tokenizer,
-    has_tokenizer,
-    read_adapter_config,
-)
+from loralib.adapter_folder import CARD_FILE, copy_tokenizer, has_tokenizer, read_adapter_config
 from loralib.files import new_files, refuse_files
 from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, read_pairs, refuse_other_format
+from loralib.interop.transformers_models import (
+    load_base,
+    load_base_of,
+    processor_of,
+    quiet_transformers,
+    revision_of,
+)
 from loralib.merging import merge_and_unload
 from loralib.model_card import adapter_card
-
-# ---- transformers ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' warnings (a new head is intended), and hide its progress bars outside a terminal."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    hide_bars = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
-    logging.set_verbosity_error()
-    if hide_bars:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if hide_bars:
-            logging.enable_progress_bar()
-
-
-def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
-    """Load a transformers model in float32, in evaluation mode.
-
-    Args:
-        source: name or path. architecture: name of a transformers class. options: for its ``from_pretrained``.
-
-    Raises:
-        ValueError: if transformers lacks the class, or the model cannot be loaded.
-    """
-    import transformers
-
-    with quiet_transformers():
-        try:
-            # Without trust_remote_code=False transformers would ask whether to run a checkpoint's own code.
-            model = getattr(transformers, architecture).from_pretrained(
-                source, dtype=torch.float32, trust_remote_code=False, **options
-            )
-            return model.eval()
-        except Exception as error:  # a damaged file can raise any kind of exception
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"--base {source} cannot be loaded: {reason}") from None
-
-
-def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
-    """Load the base model of a loralib adapter, with its class and number of labels; ``source`` is a name or path.
-
-    Raises:
-        ValueError: as :func:`load_base`.
-    """
-    options: dict[str, Any] = revision_of(config.base_model, config.base_revision, source)
-    if config.base_config:
-        options["num_labels"] = len(config.base_config["id2label"])
-    # The adapter's head replaces the checkpoint's, which may have another size.
-    return load_base(source, config.architecture, ignore_mismatched_sizes=True, **options)
-
-
-def revision_of(name: str | None, revision: Any, source: str) -> dict[str, str]:
-    """The option ``revision`` of ``from_pretrained``, if ``source`` is the hub name with which it was recorded."""
-    return {"revision": str(revision)} if revision and name == source and not Path(source).exists() else {}
-
-
-def model_folder(source: str, **options: Any) -> Path:
-    """The folder with a model's files: ``source``, or in the hub's cache the folder that has the commit as its name."""
-    from transformers.utils import cached_file
-
-    config = cached_file(source, "config.json", **options)  # None for a peft adapter, which transformers loads too
-    return Path(config).parent if config else Path(source)
 
 
 def export_merged(
@@ -130,8 +59,8 @@ def export_merged(
     model = load_base_of(config, base)
     load_adapter(model, adapter, allow_other_base=allow_other_base)
     merge_and_unload(model)
-    processor = None if has_tokenizer(adapter) else _processor(base, config)
-    for name in ("text_fields", "max_seq_length"):  # nlu/predict.py reads data by them
+    processor = None if has_tokenizer(adapter) else processor_of(config, base)
+    for name in ("text_fields", "max_seq_length"):  # what its inputs were in training
         if name in config.card:
             setattr(model.config, name, config.card[name])
     # In a process group transformers saves on rank 0 only, so that another rank's checkpoint would lack the weights.
@@ -143,19 +72,6 @@ def export_merged(
         copy_tokenizer(adapter, new)
         how_to_load = "The adapter is merged into its base: transformers loads this plain checkpoint by itself."
         (new / CARD_FILE).write_text(adapter_card(config, "transformers", how_to_load), encoding="utf-8")
-
-
-def _processor(base: str, config: AdapterConfig) -> Any:
-    """The base's tokenizer or image processor; None if it has none (transformers may then make an empty tokenizer)."""
-    import transformers
-
-    revision = revision_of(config.base_model, config.base_revision, base)
-    try:
-        processor = transformers.AutoProcessor.from_pretrained(base, trust_remote_code=False, **revision)
-    except Exception:
-        return None
-    is_tokenizer = isinstance(processor, transformers.PreTrainedTokenizerBase)
-    return None if is_tokenizer and not has_tokenizer(model_folder(base, **revision)) else processor
 
 
 # ---- command line ---------------------------------------------------------------------------------------------------

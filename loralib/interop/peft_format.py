@@ -95,6 +95,10 @@ def export_peft(
             fields |= {"base_model_name_or_path": base_model, "revision": None}
         return _write_peft(adapter, folder, pairs, head, fields, None)
     config, tensors = read_adapter(adapter)
+    if not config.groups:
+        method = config.card.get("method", "its parameters alone")
+        raise ValueError(f"{adapter} ({method!r:.80}) has no low-rank layers of loralib, and only these become a peft "
+                         "adapter: see its README.md to load it, or train the method in peft itself")  # fmt: skip
     for name in config.head:
         if name.rpartition(".")[0] in config.ranks:
             raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold both")
@@ -144,7 +148,7 @@ def _write_peft(
     """Write the pairs, see :func:`read_pairs`, and ``adapter``'s tokenizer. Returns the ranks."""
     ranks = {name: len(a) for name, (_, a, _) in pairs.items()}
     if not ranks:
-        raise ValueError("the adapter holds no low-rank update: peft's LoRA format cannot express it")
+        raise ValueError("there is no update: every singular value of the adapter is 0")
     state = {PREFIX + name: tensor for name, tensor in head.items()}
     for name, (b, a, s) in pairs.items():
         state |= {f"{PREFIX}{name}.lora_B.weight": b * s, f"{PREFIX}{name}.lora_A.weight": a}

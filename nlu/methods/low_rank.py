@@ -29,6 +29,12 @@ def _number_or_match(text: str) -> int | str:
     return text if text.startswith(_MATCH) else int(text)
 
 
+def _matched_rank(width: int | str | None) -> int | None:
+    """The rank in the file that ``--lora_k match:NAME`` names; None for a number, or a file without a rank."""
+    file = METHOD_FOLDER / f"{str(width).removeprefix(_MATCH)}.yaml"
+    return read_yaml(file).get("lora_r") if str(width).startswith(_MATCH) and file.is_file() else None
+
+
 LORA_MODULE = Flag(
     "lora_module", str, "auto", "Modules to adapt, comma-separated: the six published names, module-name suffixes or "
     "regular expressions. auto: the six if the encoder has all of them, otherwise all its linear layers.",
@@ -73,7 +79,8 @@ SINGULAR_VALUE_FLAGS = (
 )  # fmt: skip
 SCALE_FLAGS = (
     Flag("lora_k", _number_or_match, 8,
-         "LoRA²: width k of the outer factors; match:lora chooses k to match LoRA's parameter count.", AT_LEAST_1),
+         "LoRA²: width k of the outer factors; match:lora chooses k to match LoRA's parameter count.", AT_LEAST_1,
+         contents=_matched_rank),
     Flag("lora_share_outer", bool, False, "LoRA²: layers of the same module type share their outer factors."),
 )  # fmt: skip
 
@@ -146,12 +153,6 @@ def inject_layers(model: nn.Module, args: Any, kind: str, **scales: Any) -> list
     return names
 
 
-def matched_rank(width: int | str) -> int | None:
-    """The rank in the file that ``--lora_k match:NAME`` names; None for a number, or a file without a rank."""
-    file = METHOD_FOLDER / f"{str(width).removeprefix(_MATCH)}.yaml"
-    return read_yaml(file).get("lora_r") if str(width).startswith(_MATCH) and file.is_file() else None
-
-
 def _width(model: nn.Module, args: Any) -> int:
     """LoRA²'s k: --lora_k, or the k nearest to LoRA's number of parameters, Σ (out + in)·ρ over the modules, at rank ρ.
 
@@ -166,7 +167,7 @@ def _width(model: nn.Module, args: Any) -> int:
     outer = {(module_type(name) if args.lora_share_outer else name, side) for name, side in sides.items()}
     values = args.lora_r * len(sides)
     a_width = sum(side for _, side in outer) + 2 * values  # parameters that are added if k grows by 1
-    rank = matched_rank(args.lora_k)
+    rank = _matched_rank(args.lora_k)
     if rank is None:
         raise UsageError(f"--lora_k {args.lora_k} names no LoRA file in configs/methods/: give match:lora")
     target = sum(sides.values()) * rank

@@ -74,13 +74,18 @@ def apply_without_weights(model: nn.Module, args: Any, total_steps: int) -> Appl
 # ---- the adapter's card --------------------------------------------------------------------------------------------
 
 
+_HOW_TO_LOAD = """The method adds modules of its own, which predict.py puts into the base:
+
+    python nlu/predict.py --adapter path/to/this/folder --base BASE --input FILE"""
+
+
 def card_of(args: Any) -> dict[str, Any]:
     """What an adapter's card must hold so that :func:`rebuild` can put the method's modules into a base."""
     method = METHODS[args.method]
     if method.rebuild is None:
         return {}
     values = {flag.name: getattr(args, flag.name) for flag in method.flags}
-    return {"method_arguments": {"method": method.name, **values}, **method.card(args)}
+    return {"method_arguments": {"method": method.name, **values}, "how_to_load": _HOW_TO_LOAD, **method.card(args)}
 
 
 def rebuild(model: nn.Module, card: dict[str, Any]) -> None:

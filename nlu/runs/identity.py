@@ -18,13 +18,13 @@ from nlu.arguments import Arguments
 from nlu.command_line import DEFAULTS
 from nlu.data.glue import split_files
 from nlu.json_yaml import finite
-from nlu.methods.low_rank import matched_rank
+from nlu.methods.registry import FLAGS
 from nlu.tasks import TASKS
 
 INPUTS = (  # flags that name what a run reads
     "model_name_or_path", "lora_path", "train_file", "validation_file", "test_file", "glue_dir", "peft_config",
 )  # fmt: skip
-_DIGESTS = (*INPUTS, "lora_k")
+_DIGESTS = (*INPUTS, *FLAGS)
 
 # The files that determine a model's outputs, without those that a training leaves beside them.
 _MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER_FILES)
@@ -74,11 +74,11 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Digests of model_name_or_path (configuration, weights and tokenizer), lora_path (both files of the adapter),
         glue_dir (the task's training and validation files; with --holdout_fraction only the former), train_file,
-        validation_file, peft_config, lora_k (the rank in the method's file that it matches) and, with --do_predict,
-        test_file (the test rows, including those of GLUE's tasks).
+        validation_file, peft_config, the flags of methods whose values name something (``Flag.contents``) and, with
+        --do_predict, test_file (the test rows, including those of GLUE's tasks).
 
     Raises:
-        OSError: if a file cannot be read. UsageError: if the file that lora_k matches is damaged.
+        OSError: if a file cannot be read. UsageError: if a file that a flag names is damaged.
     """
     found = {}
     for flag, files in _files(arguments).items():
@@ -88,9 +88,8 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
         if files:
             contents = sorted(zip(names, map(file_digest, files), strict=True))
             found[flag] = _value_digest(contents)
-    if (rank := matched_rank(arguments.get("lora_k"))) is not None:
-        found["lora_k"] = _value_digest(rank)
-    return found
+    contents = {name: flag.contents(arguments.get(name)) for name, flag in FLAGS.items()}
+    return found | {name: _value_digest(value) for name, value in contents.items() if value is not None}
 
 
 def _files(arguments: Mapping[str, Any]) -> dict[str, list[Path]]:

@@ -167,7 +167,7 @@ def test_readme_lists_the_facts_of_the_adapter_and_how_to_load_it(tmp_path, trai
         assert line in text.splitlines()
     assert ("| labels | 0 no, 1 yes |" in text) == trained  # with a frozen head the labels are the base's
     assert "load_adapter(" in text and "--to peft" in text and "--to merged" in text
-    text = (loralib.save_adapter(model, folder, card={"method_arguments": {}}) / "README.md").read_text()
+    text = (loralib.save_adapter(model, folder, card={"how_to_load": "Run predict.py."}) / "README.md").read_text()
     assert "load_adapter(" not in text and "predict.py" in text
 
 

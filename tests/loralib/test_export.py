@@ -86,6 +86,14 @@ def test_adapter_that_peft_would_load_wrongly_is_not_exported_but_loads_here(tmp
         export_peft(tmp_path / "a", tmp_path / "peft")
 
 
+def test_adapter_whose_layers_are_not_loralibs_is_refused_with_what_to_do(tmp_path):
+    """As peft's DoRA, rsLoRA and AdaLoRA, which a run trains with peft's own layers."""
+    folder = loralib.save_adapter(encoder(), tmp_path / "a", card={"method": "dora", "how_to_load": "Call them."})
+    with refused("'dora'.* has no low-rank layers of loralib.*see its README.md"):
+        export_peft(folder, tmp_path / "peft")
+    assert "## How to load\n\nCall them." in (folder / "README.md").read_text()
+
+
 def test_peft_export_records_the_revision_only_for_the_base_of_the_adapter(tmp_path):
     model = adapted(modules=["query"], k=2, lora_dropout=0.1, model=encoder())
     folder = loralib.save_adapter(model, tmp_path / "a", base_model="net", base_revision="r1")
