@@ -93,7 +93,7 @@ def missing(every: pd.DataFrame) -> list[str]:
     for task, runs in every.groupby("task", sort=False):
         seeds = runs.groupby("label", sort=False).seed.agg(lambda own: ", ".join(map(str, sorted(set(own)))))
         if seeds.nunique() > 1:
-            named = [f"{' and '.join(own.index)} {text}" for text, own in seeds.groupby(seeds, sort=False)]
+            named = [f"{', '.join(own.index)}: {text}" for text, own in seeds.groupby(seeds, sort=False)]
             differing.setdefault("; ".join(named), []).append(HEADINGS.get(task, task))
     for named, tasks in differing.items():
         found.append(f"The seeds differ on {', '.join(tasks)} ({named}): only runs of the same seed are compared.")

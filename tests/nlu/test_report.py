@@ -135,7 +135,7 @@ def test_failed_runs_are_counted_and_runs_without_a_score_and_other_seeds_are_na
     row = scores(tmp_path).set_index(["row", "task"]).loc["LoRA r=8", "cola"]
     assert (row.failed, row.runs, row.finished) == (2, 4, 3) and row.score == pytest.approx(110 / 3)
     assert "- 1 of 6 runs have no score, of which 1 ended early: LoRA r=8 on CoLA." in page
-    assert "- The seeds differ on CoLA (LoRA r=8 1, 2, 3, 4; AdaLoRA 1, 2): only runs of the same seed are compared." in page
+    assert "- The seeds differ on CoLA (LoRA r=8: 1, 2, 3, 4; AdaLoRA: 1, 2): only runs of the same seed" in page
 
 
 def test_rows_that_differ_in_their_scale_are_named(make):
