@@ -124,10 +124,9 @@ def shown(row: pd.Series, prefix: str = "", digits: int = 2) -> str:
 
 def rows_of_table(page: str, heading: str) -> list[list[str]]:
     """The cells of the rows of the first table below a heading, without its head."""
-    text = (ROOT / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].partition("\n| ")[2]
-    return [
-        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in text.partition("\n\n")[0].splitlines()[2:]
-    ]
+    text = (ROOT / page).read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
+    lines = re.search(r"^\|[^\n]*\n\|[^\n]*\n((?:\|[^\n]*\n)+)", text, re.M)[1].splitlines()
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
 
 
 def test_table_of_the_readme_matches_the_records(scores):
