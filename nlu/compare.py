@@ -16,7 +16,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from nlu.command_line import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, program
 from nlu.experiments.experiment import Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
-from nlu.experiments.lines import label_of, read_lines, settings_of
+from nlu.experiments.lines import label_of, settings_of
 from nlu.experiments.sweep_loop import Sweep
 
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune
@@ -68,7 +67,11 @@ def main(words: Sequence[str]) -> int:
     notes = [f"Not alike: {warning}." for warning in warnings]
     launcher = LocalLauncher(args.jobs, use_cpu=parsed[next(iter(parsed))].use_cpu)
     print(f"devices: {launcher}")
-    run_all = partial(_run, args, launcher)
+
+    def run_all(part: Experiment) -> tuple[int, dict[str, dict[str, Any]]]:
+        sweep = Sweep(part, args.output_dir / "measured", args.output_dir, RUN_GLUE)
+        return sweep.run(launcher, args.rerun_changed)
+
     code, tried = 0, []
     if tuning is not None:
         tuned = tuning.find(run_all)
@@ -92,11 +95,8 @@ def own_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
-    add(
-        "--reference",
-        metavar="NAME",
-        help="the one of --methods that the others are compared with (LoRA, else the first)",
-    )
+    add("--reference", metavar="NAME",
+        help="the one of --methods that the others are compared with (LoRA, else the first)")  # fmt: skip
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
     add("--tune", nargs="?", const="", metavar="RATES",
         help="first choose each method's learning rate by its score on a held-out tenth of the training set, from "
@@ -121,14 +121,6 @@ def flag_values(words: list[str]) -> dict[str, Any]:
         if name in values:
             raise UsageError(f"--{name} is set by compare.py: use --methods, --seeds and --output_dir instead")
     return values
-
-
-def _run(
-    args: argparse.Namespace, launcher: LocalLauncher, experiment: Experiment
-) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Make the runs that are not finished; returns the exit code and the lines."""
-    sweep = Sweep(experiment, args.output_dir / "measured", args.output_dir, RUN_GLUE)
-    return sweep.run(launcher, args.rerun_changed), read_lines(sweep.measured)
 
 
 def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:

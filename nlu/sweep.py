@@ -25,7 +25,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="an argument for every run; repeat as needed")  # fmt: skip
     add("--jobs", type=positive_int, metavar="N",
         help="runs at once (default: one for each device, and one without; slurm: all)")  # fmt: skip
-    add(
-        "--gpus_per_run",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="devices of a run, with torchrun in --command (1)",
-    )
+    add("--gpus_per_run", type=positive_int, default=1, metavar="N",
+        help="devices of a run, with torchrun in --command (1)")  # fmt: skip
     add("--only", metavar="REGEX", help="only runs whose name matches")
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
@@ -92,7 +86,11 @@ def main(words: Sequence[str]) -> int:
         _show(args, experiment)
         return 0
     write_plan(args.measured_dir / f"{whole.name}.jsonl", whole)
-    run_all = partial(_run, args, launcher)
+
+    def run_all(part: Experiment) -> tuple[int, dict[str, dict[str, Any]]]:
+        sweep = Sweep(part, args.measured_dir, args.output_dir, args.command)
+        return sweep.run(launcher, args.rerun_changed)
+
     code = 0
     if any(run.rates for run in experiment.runs):
         from nlu.experiments.tuning import Tuning  # takes seconds
@@ -111,14 +109,6 @@ def _launcher(args: argparse.Namespace, experiment: Experiment) -> LocalLauncher
         folder = args.output_dir / experiment.name / "logs/submitit"
         return SlurmLauncher(folder, dict(args.slurm), args.jobs or sys.maxsize)
     return LocalLauncher(args.jobs, args.gpus_per_run, all(run.arguments.get("use_cpu") for run in experiment.runs))
-
-
-def _run(
-    args: argparse.Namespace, launcher: LocalLauncher | SlurmLauncher, experiment: Experiment
-) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Make the runs that are not finished; returns the exit code and the lines."""
-    sweep = Sweep(experiment, args.measured_dir, args.output_dir, args.command)
-    return sweep.run(launcher, args.rerun_changed), read_lines(sweep.measured)
 
 
 def _show(args: argparse.Namespace, experiment: Experiment) -> None:

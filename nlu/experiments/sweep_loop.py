@@ -108,9 +108,12 @@ class Sweep:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    def run(self, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool = False) -> int:
-        """Run what is not finished; returns the exit code: 0, 1 if runs failed, 128 + the signal's number if stopped.
+    def run(
+        self, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool = False
+    ) -> tuple[int, dict[str, dict[str, Any]]]:
+        """Run what is not finished; returns the exit code and the lines by name.
 
+        The code is 0, 1 if runs failed, and 128 + the signal's number if stopped.
         After a signal no further run starts, and the others save and end; a second one ends them at once.
 
         Args:
@@ -143,8 +146,8 @@ class Sweep:
         print(f"{counts}; the results of all are in {self.measured}")
         if self.signals:
             print("stopped; the same command continues from here", file=sys.stderr)
-            return 128 + self.signals[0]
-        return 1 if self.failures else 0
+        code = 128 + self.signals[0] if self.signals else int(bool(self.failures))
+        return code, read_lines(self.measured)
 
     def _refuse_changed(self, runs: list[Run]) -> None:
         if runs:

@@ -151,8 +151,10 @@ class Tuning:
                 lines.append(f"{name}: no final runs: runs of its tuning have not ended, or all crashed")
                 continue
             text = f"{name}: learning rate {rates[subject]:g}, of {', '.join(map('{:g}'.format, own.value))}"
-            if failed := [f"{value:g}" for value in own.value[own.discarded]]:
-                text += f"; a run failed at {', '.join(failed)}"
+            if own.discarded.all():
+                text += "; a run failed at each of them, so the highest score decided: train longer, or try others"
+            elif failed := [f"{value:g}" for value in own.value[own.discarded]]:
+                text += f"; discarded, because a run failed: {', '.join(failed)}"
             if rates[subject] in (own.value.min(), own.value.max()):
                 text += "; it is an end of those tried, and a better one may lie beyond"
             lines.append(text)

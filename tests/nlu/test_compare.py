@@ -39,7 +39,8 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl").values()
     assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
     assert {(each["arguments"]["lora_alpha"], each["arguments"]["eval_strategy"]) for each in lines} == {(32, "epoch")}
-    assert "0 run(s) finished now" in call(*flags)[1]
+    assert "0 run(s) finished now" in call(*flags)[1] and "minus LoRA " in table
+    assert "minus LoRA² " in call(*flags, "--reference", "lora2")[1]
     assert "1 run(s) finished now" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
     figures = pd.read_csv(tmp_path / "compare-cola/comparison.csv")
     assert list(figures.row.unique()) == ["LoRA", "LoRA²", "AdaLoRA"] and set(figures.runs) == {
@@ -77,7 +78,7 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
 @pytest.mark.slow
 def test_unequal_published_settings_give_a_warning(tmp_path, monkeypatch, capsys):
     """RTE has α = 32 with r = 4 (LoRA²), 8 (LoRA), 2 (AdaLoRA); AdaLoRA has a quarter of the others' parameters."""
-    monkeypatch.setattr(compare.Sweep, "run", lambda *_: 0)
+    monkeypatch.setattr(compare.Sweep, "run", lambda *_: (0, {}))
     monkeypatch.setattr("nlu.data.splits.load_data", lambda *_: None)  # the data of RTE are not needed
     deberta = make_encoder(tmp_path / "deberta", "deberta-v2")
     AutoConfig.for_model("deberta-v2", **DEBERTA_BASE).save_pretrained(deberta)  # parameter counts need no weights

@@ -187,7 +187,7 @@ def sweep_here(tmp_path, start, content):
     """Sweep an experiment, starting its runs with `start`; returns the exit code."""
     launcher = LocalLauncher(2)
     launcher.start = start
-    return Sweep(make_experiment(**content), tmp_path / "measured", tmp_path / "output", ["run"]).run(launcher)
+    return Sweep(make_experiment(**content), tmp_path / "measured", tmp_path / "output", ["run"]).run(launcher)[0]
 
 
 def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_code(tmp_path):
@@ -241,7 +241,7 @@ def test_each_of_seven_runs_has_a_device_that_no_other_has_also_after_failures_a
     content = BASIC | {"grid": ONE | {"seed": [1, 2, 3, 4, 5, 6, 7]}}
 
     def run_all():
-        return Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"]).run(LocalLauncher())
+        return Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"]).run(LocalLauncher())[0]
 
     assert run_all() == 1 and len(used) == 7 and used[:4] == FOUR[1] and not busy
     assert (tmp_path / "o/trial/logs/lora-cola-seed=2.log").read_text() == "devices: CUDA_VISIBLE_DEVICES=GPU-5f\n"
@@ -341,7 +341,7 @@ def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp
     with contextlib.ExitStack() as held:
         if not late:
             held.enter_context(locked(lock))
-        assert sweep.run(launcher) == 0
+        assert sweep.run(launcher)[0] == 0
     assert looks[:2] == ["running"] * 2 and sweep.states() == {run.name: "finished", other.name: "finished"}
     assert late or started == ["GPU-5f"]  # the other run, on the next device
     out, err = capsys.readouterr()
