@@ -18,7 +18,7 @@ from results.study.questions import load_questions
 from results.study.runs import scored_on_test
 from results.study.tables import score_table
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
     "nlu.run_glue": command_line.build_parser,
     "nlu/run_glue.py": command_line.build_parser,
@@ -104,6 +104,17 @@ def test_links_and_paths_exist_and_code_compiles(page):
         assert (ROOT / path).exists() or "TASK" in path or "NAME" in path, path
     for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
         compile(code, page.name, "exec")
+
+
+def test_files_and_folders_of_the_contributors_tree_exist():
+    tree = re.search(r"^```\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S).group(1)
+    paths, folder = [], ""
+    for indent, words in re.findall(r"^( *)(\S.*)$", tree, re.M):
+        names = re.findall(r"\w+(?:\.py\b|/)", words)
+        folder = folder if indent else names[0]
+        paths += [folder + name for name in names] if indent else names
+    missing = [path for path in paths if not (ROOT / path).exists() and not (ROOT / "results" / path).exists()]
+    assert len(paths) > 35 and not missing
 
 
 @pytest.fixture(scope="module")
