@@ -78,7 +78,7 @@ def advice(every: pd.DataFrame) -> list[str]:
 
 
 def missing(every: pd.DataFrame) -> list[str]:
-    """What a reader of the table must know about its runs: those without a score, and seeds that differ by method."""
+    """What a reader of the table must know about its runs: those that ended early, and seeds that differ by method."""
     found = []
     lost = every[every.status != "finished"]
     if len(lost):
@@ -86,9 +86,7 @@ def missing(every: pd.DataFrame) -> list[str]:
             f"{label} on {', '.join(HEADINGS.get(task, task) for task in own.task.dropna().unique())}"
             for label, own in lost.groupby("label", sort=False)
         ]
-        crashed = (lost.status == "failed").sum()
-        ended = f", of which {crashed} ended early" if crashed else ""
-        found.append(f"{len(lost)} of {len(every)} runs have no score{ended}: {'; '.join(named)}.")
+        found.append(f"{len(lost)} of {len(every)} runs ended early and have no score: {'; '.join(named)}.")
     differing: dict[str, list[str]] = {}
     for task, runs in every.groupby("task", sort=False):
         seeds = runs.groupby("label", sort=False).seed.agg(lambda own: ", ".join(map(str, sorted(set(own)))))

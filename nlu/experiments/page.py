@@ -141,7 +141,7 @@ def section(
     for heading, table in published_text(scores):
         parts += [f"### {heading}", markdown(table)]
     if len(chosen):
-        parts += ["### Learning rates, chosen by the score on held-out rows", markdown(tuning_text(chosen))]
+        parts += ["### Learning rates, by their scores on held-out rows", markdown(tuning_text(chosen))]
     return Section("\n\n".join(filter(None, parts)) + "\n", scores, drawings)
 
 

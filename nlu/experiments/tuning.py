@@ -148,7 +148,7 @@ class Tuning:
         for subject in dict.fromkeys(map(self.subject, self.cells)):
             name, own = names.get(subject, subject), tuned.table[tuned.table.row == subject]
             if subject not in rates:
-                lines.append(f"{name}: no final runs: runs of its tuning have not ended, or all crashed")
+                lines.append(f"{name}: no final runs: runs of its tuning have not ended, or all failed")
                 continue
             text = f"{name}: learning rate {rates[subject]:g}, of {', '.join(map('{:g}'.format, own.value))}"
             if own.discarded.all():
@@ -174,7 +174,8 @@ def choose_rates(
     2. The value of a rate for a row is the mean over tasks of the mean over seeds of z. Without a score on a task it
        has none.
     3. A rate is discarded if a run of the row failed at it, on any task.
-    4. The rate with the highest value is chosen, among discarded ones only if all are; the lowest of equals.
+    4. The rate with the highest value is chosen, among discarded ones only if all are; the lowest of equals. A row
+       whose every run failed gets none.
 
     Args:
         runs: the tuning runs, with the columns `row`, `value` (the learning rate), `task`, `last` and `failed`.
@@ -190,7 +191,8 @@ def choose_rates(
     every = {"z": lambda each: each.mean(skipna=False), "failed": "any"}
     table = by_task.groupby(["row", "value"]).agg(every).reset_index()
     table["discarded"] = discarded(table).astype(bool)
-    best_first = table.dropna(subset="z").sort_values(["discarded", "z"], ascending=[True, False], kind="stable")
+    scored = table[table.row.isin(runs.row[~runs.failed])].dropna(subset="z")
+    best_first = scored.sort_values(["discarded", "z"], ascending=[True, False], kind="stable")
     return table.assign(chosen=table.index.isin(best_first.drop_duplicates("row").index))
 
 

@@ -54,7 +54,7 @@ def test_method_whose_runs_failed_has_no_score_and_the_exit_code_is_1(call, tmp_
     code, out, err = call("--methods", methods, "--seeds", "2", "--learning_rate", "1e-3")
     assert code == 1 and "failed: lora_weight_decay=1-seed=1: " in err
     assert re.search(r"^\| LoRA, weight_decay=1 +\| +– \| +– \| +0 of 2 \| +– \|", out, re.MULTILINE)
-    assert "- 2 of 4 runs have no score, of which 2 ended early: LoRA, weight_decay=1 on CoLA." in out
+    assert "- 2 of 4 runs ended early and have no score: LoRA, weight_decay=1 on CoLA." in out
     assert "lora2:target_rank=2 has 5,216 parameters (about 3,992 after pruning), α/r 2: --methods" in err
 
 

@@ -8,6 +8,7 @@ import pytest
 from nlu import report
 from nlu.experiments.comparison import advice, answer
 from nlu.experiments.figures import Drawing, draw, styles_of
+from nlu.experiments.page import write_comparison
 from nlu.experiments.statistics import as_frame, references
 from nlu.experiments.tables import score_frame
 from nlu.experiments.tuning import tuning_runs
@@ -134,8 +135,18 @@ def test_failed_runs_are_counted_and_runs_without_a_score_and_other_seeds_are_na
     page = make([line("LoRA r=8", "cola", s, [0.5]) for s in (1, 2)] + [lost, crashed, *other])[1]
     row = scores(tmp_path).set_index(["row", "task"]).loc["LoRA r=8", "cola"]
     assert (row.failed, row.runs, row.finished) == (2, 4, 3) and row.score == pytest.approx(110 / 3)
-    assert "- 1 of 6 runs have no score, of which 1 ended early: LoRA r=8 on CoLA." in page
+    assert "- 1 of 6 runs ended early and have no score: LoRA r=8 on CoLA." in page
     assert "- The seeds differ on CoLA (LoRA r=8: 1, 2, 3, 4; AdaLoRA: 1, 2): only runs of the same seed" in page
+
+
+def test_experiment_or_comparison_without_a_finished_run_says_so(make, tmp_path):
+    ended = {"status": "failed", "evaluations": None, "last": None}
+    page = make([line("LoRA r=8", "rte", 1, [0.5])], bad=[line("AdaLoRA", "rte", 1, [0.5], **ended)])[1]
+    part = "No run has finished.\n\n- 1 of 1 runs ended early and have no score: AdaLoRA on RTE.\n"
+    assert f"## bad\n\n{part}\n## trial\n" in page
+    write_comparison([], tuned({1e-3: None, 2e-3: None}), ["LoRA r=8"], ["Nothing was chosen."], tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    assert text.startswith("No run has finished.\n\n- Nothing was chosen.\n") and "chosen |" not in text
 
 
 def test_rows_that_differ_in_their_scale_are_named(make):

@@ -32,16 +32,17 @@ def test_choose_rates_takes_the_highest_mean_z_score_of_the_rates_at_which_no_ru
     assert table.z["b", 2e-3] == pytest.approx(expected)
     strict = choose_rates(runs, lambda table: table.failed | (table.value == 2e-3))  # a rule of one's own
     assert list(strict.value[strict.chosen]) == [1e-3, 1e-3]
-    every = choose_rates(runs.assign(failed=True))  # all of them: the best scores decide
+    every = choose_rates(runs.assign(failed=runs.task == "rte"))  # each rate: the best scores decide
     assert every.discarded.all() and list(every.value[every.chosen]) == [4e-3, 2e-3]
+    assert not choose_rates(runs.assign(failed=True)).chosen.any()
     crashed = runs["last"].mask((runs.value >= 2e-3) & (runs.task == "rte"))  # a mean of the other task is no score
-    partial = choose_rates(runs.assign(last=crashed, failed=True))
+    partial = choose_rates(runs.assign(last=crashed, failed=runs.task == "rte"))
     assert list(partial.value[partial.chosen]) == [1e-3, 1e-3]
     equal = choose_rates(runs.assign(last=50.0, failed=False))  # the lowest of equally good rates
     assert list(equal.value[equal.chosen]) == [1e-3, 1e-3]
 
 
-def test_the_best_rate_of_a_grid_is_chosen_if_all_are_discarded():
+def test_no_rate_is_chosen_for_a_row_whose_every_run_failed():
     """A run that has learned nothing has a score; one that crashed has none. The rates have names of their own."""
 
     def tried(label, rate, score, **changes):
@@ -54,7 +55,9 @@ def test_the_best_rate_of_a_grid_is_chosen_if_all_are_discarded():
     crashed = {"status": "failed", "evaluations": None, "last": None}
     lines = [tried("lora", 1e-3, 0.5), tried("lora", 2e-3, 0.53), tried("lora", 4e-3, 0.0, **crashed)]
     lines += [tried("adalora", rate, 0.0, **crashed) for rate in (1e-3, 2e-3)]
-    assert chosen_rates(tuning_frame(as_frame(lines))) == {"lora": 2e-3}
+    assert chosen_rates(tuning_frame(as_frame(lines))) == {}
+    lines.append(tried("lora", 5e-4, 0.4) | {"training_loss": [0.1]})
+    assert chosen_rates(tuning_frame(as_frame(lines))) == {"lora": 5e-4}
 
 
 # ---- experiments with a section `tune`; the stand-in's score is highest at 2e-3 --------------------------------------
@@ -121,7 +124,7 @@ def test_a_row_whose_tuning_failed_has_no_finals_and_a_task_can_have_a_rate_of_i
     killed = {"when": {"method": "lora", "task_name": "rte"}, "set": {"weight_decay": 3}}
     content = TRIAL | {"tune": {"learning_rate": rates, "when": TUNE["when"]}, "overrides": [killed]}
     code, out, _ = run_sweep(content)
-    assert code == 1 and "tuning: lora: no final runs: runs of its tuning have not ended, or all crashed" in out
+    assert code == 1 and "tuning: lora: no final runs: runs of its tuning have not ended, or all failed" in out
     assert {method for method, _ in rates_of(lines_of(tmp_path))} == {"lora2", "full"}
     content["tune"]["one_rate_for"] = "row_and_task"
     out = run_sweep(content)[1]
