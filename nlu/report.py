@@ -5,6 +5,8 @@
 
 It reads MEASURED_DIR/*.jsonl, which runs and sweeps write, one file an experiment. The same lines and versions give the
 same files, byte for byte. All numbers, to six digits, go to tables/*.csv.
+
+To follow a run while it trains (TensorBoard, wandb, trackio), give nlu/run_glue.py --report_to.
 """
 
 import argparse

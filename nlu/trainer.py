@@ -189,13 +189,13 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         ignores the repeated rows.
         """
         batches = list(itertools.islice(epoch_iterator, num_batches))
-        own = self.args.train_batch_size
-        whole = own * self.args.world_size
+        batch_size = self.args.train_batch_size  # of one process
+        whole = batch_size * self.args.world_size
         rows = len(batches) * whole
         left = len(self.train_sampler) % whole
         if batches and left and self.accelerator.gradient_state.end_of_dataloader:
             rows += left - whole
-            repeated = batches[-1]["labels"][max(0, left - own * self.args.process_index) :]
+            repeated = batches[-1]["labels"][max(0, left - batch_size * self.args.process_index) :]
             repeated.fill_(math.nan if self.task.is_regression else _IGNORED)
         return batches, rows
 
@@ -229,10 +229,10 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         for parameters, ratio in rates:
             apart = set(map(id, parameters))
             for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in apart]
-                if own:
+                moved = [p for p in group["params"] if id(p) in apart]
+                if moved:
                     group["params"] = [p for p in group["params"] if id(p) not in apart]
-                    optimizer.add_param_group({**group, "params": own, "lr": ratio * group["lr"]})
+                    optimizer.add_param_group({**group, "params": moved, "lr": ratio * group["lr"]})
         return optimizer
 
     # ---- data ---------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         return result
 
     def _run_epoch(self, *, epoch: int, **kwargs: Any) -> None:
-        """Overridden for two faults of resuming that no callback can correct.
+        """Works around two Trainer resume bugs that callbacks can't fix.
 
         If the last step is done or early stopping has ended the training, a resumed Trainer would train one step more.
         It also does not set the sampler's epoch when it skips the batches of a resumed epoch.

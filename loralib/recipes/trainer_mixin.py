@@ -54,8 +54,8 @@ class LowRankTrainerMixin(Trainer):
         # Weak references make no cycle, so that a deleted trainer frees its memory at once.
         self.add_callback(_Loop(weakref.proxy(self)))
         # The outermost method is wrapped, so that a subclass with its own loss or step keeps the penalty.
-        own: Any = type(self)
-        self.training_step = partial(_with_penalty, weakref.ref(self), own.training_step)
+        outermost: Any = type(self)
+        self.training_step = partial(_with_penalty, weakref.ref(self), outermost.training_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Overridden to write the trained tensors once, under the model's own names, and the state of ``low_rank``; and

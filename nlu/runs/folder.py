@@ -1,4 +1,4 @@
-"""The folder of one run: which run it holds, whether that is the present one, whether it resumes, and the lock."""
+"""Manages a run's folder: identity, resuming and locking."""
 
 from __future__ import annotations
 
@@ -82,9 +82,9 @@ class RunFolder:
                 return "new", None
             raise
         if previous is None:
-            own = [name for name in PARTS if name != "log" and (self.path / name).exists()]
-            if own:
-                raise UsageError(f"{self.path} holds {own[0]} but no run's {RECORD}: name another --root_output_dir")
+            parts = [name for name in PARTS if name != "log" and (self.path / name).exists()]
+            if parts:
+                raise UsageError(f"{self.path} holds {parts[0]} but no run's {RECORD}: name another --root_output_dir")
             return "new", None
         changed = changes(self.arguments, self.digests, previous)
         then, now = previous.get("effective_batch_size"), effective_batch_size(self.arguments)

@@ -50,8 +50,8 @@ def changes(
 ) -> set[str]:
     """How a run differs from a recorded one: the names of arguments, or "contents of" an argument that has a digest.
 
-    An argument that the record's version did not have counts as left at its default. One that this version no longer
-    has is ignored. Settings from a method's file or from --published are arguments like those of the command.
+    Arguments missing from an older record are treated as defaults. Those that this version no longer has are
+    ignored. Settings from a method's file or from --published are arguments like those of the command.
 
     Args:
         digests: from :func:`content_digests`. record: ``results.json``, or the line of a measured run.
@@ -83,8 +83,8 @@ def content_digests(arguments: Mapping[str, Any]) -> dict[str, str]:
     found = {}
     for flag, files in _files(arguments).items():
         # Of the name of a user's own file only the suffix matters: it decides how the file is read.
-        own = Path(str(arguments.get(flag)))
-        names = [file.suffix if file == own else file.name for file in files]
+        named = Path(str(arguments.get(flag)))
+        names = [file.suffix if file == named else file.name for file in files]
         if files:
             contents = sorted(zip(names, map(file_digest, files), strict=True))
             found[flag] = _value_digest(contents)

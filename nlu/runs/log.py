@@ -1,4 +1,4 @@
-"""What a run reports while it works: lines for people on the console, all numbers in ``log/run.log``."""
+"""Logging of a run: human-readable progress on the console, all metrics in ``log/run.log``."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def log_to(path: Path, command: str) -> Iterator[None]:
     """
     path.parent.mkdir(exist_ok=True)
     file = logging.FileHandler(path, encoding="utf-8", errors="replace")
-    own, theirs = logging.getLogger("nlu"), logging.getLogger("transformers")
-    handlers = [] if own.hasHandlers() else [(own, logging.lastResort)]
-    handlers += [(_file_only, file), (own, file), (theirs, file)]
+    ours, theirs = logging.getLogger("nlu"), logging.getLogger("transformers")
+    handlers = [] if ours.hasHandlers() else [(ours, logging.lastResort)]
+    handlers += [(_file_only, file), (ours, file), (theirs, file)]
     for each, handler in handlers:
         each.addHandler(handler)
     _file_only.info("---- %s %s", now(), command)

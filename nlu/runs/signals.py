@@ -46,7 +46,7 @@ def stopped_by_signals() -> contextlib.AbstractContextManager[None]:
 
 
 class StopRequest:
-    """Keeps a signal until the end of a training step; another one, at least a second later, acts at once."""
+    """Defers the first signal to the end of the step; a second one, at least 1 s later, stops immediately."""
 
     def __init__(self) -> None:
         self._signum: int | None = None
