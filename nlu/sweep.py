@@ -85,10 +85,10 @@ def main(words: Sequence[str]) -> int:
     if args.dry_run:
         _show(args, experiment)
         return 0
-    write_plan(args.measured_dir / f"{whole.name}.jsonl", whole)
 
     def run_all(part: Experiment) -> tuple[int, dict[str, dict[str, Any]]]:
         sweep = Sweep(part, args.measured_dir, args.output_dir, args.command)
+        write_plan(sweep.measured, whole if part.name == whole.name else part)
         return sweep.run(launcher, args.rerun_changed)
 
     code = 0

@@ -98,8 +98,9 @@ def missing(every: pd.DataFrame) -> list[str]:
     return found
 
 
-def not_ended(planned: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence about the planned runs that have no line, see :func:`nlu.experiments.lines.read_plan`."""
-    rows = Counter((run["label"], HEADINGS.get(run["task"], run["task"])) for run in planned)
+def not_ended(every: pd.DataFrame, planned: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence about the planned runs that have no line, see :func:`~nlu.experiments.lines.read_plan`."""
+    there = set(every.run)
+    rows = Counter((run["label"], HEADINGS.get(run["task"], run["task"])) for run in planned if run["run"] not in there)
     named = [f"{label} on {task} ({count})" for (label, task), count in rows.items()]
-    return [f"{len(planned)} planned run(s) have not ended: {', '.join(named)}."] if named else []
+    return [f"{rows.total()} planned run(s) have not ended: {', '.join(named)}."] if named else []

@@ -139,10 +139,8 @@ def write_plan(path: Path, experiment: Experiment) -> None:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """What :func:`write_plan` wrote beside a file of lines: `one_rate_for`, and `runs`, those without a line yet."""
-    plan = read_json(path.with_suffix(".plan.json")) or {"one_rate_for": None, "runs": []}
-    there = read_lines(path)
-    return plan | {"runs": [run for run in plan["runs"] if run["run"] not in there]}
+    """What :func:`write_plan` wrote beside a file of lines: `one_rate_for`, and `runs` (run, label, task, seed)."""
+    return read_json(path.with_suffix(".plan.json")) or {"one_rate_for": None, "runs": []}
 
 
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:

@@ -19,8 +19,11 @@ from nlu.errors import UsageError
 from nlu.experiments import launchers, sweep_loop
 from nlu.experiments.comparison import not_ended
 from nlu.experiments.experiment import make_experiment
+from nlu.experiments.figures import Drawing
 from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
 from nlu.experiments.lines import read_plan
+from nlu.experiments.page import write_report
+from nlu.experiments.statistics import load_measured
 from nlu.experiments.sweep_loop import Sweep
 from nlu.runs.machine import git_commit
 from tests.nlu import sweeps
@@ -359,12 +362,24 @@ def test_two_sweeps_of_one_name_do_not_write_one_file_of_lines(tmp_path, capsys)
         sweep_here(tmp_path, start, content)
 
 
-def test_the_report_names_planned_runs_that_have_not_ended(run_sweep, tmp_path):
-    assert run_sweep(BASIC, "--only", "cola|lora2-.*=1")[0] == 0
-    plan = read_plan(tmp_path / "measured/trial.jsonl")
-    assert [run["run"] for run in plan["runs"]] == ["lora-rte-seed=1", "lora-rte-seed=2", "lora2-rte-seed=2"]
-    assert not_ended(plan["runs"]) == ["3 planned run(s) have not ended: LoRA on RTE (2), LoRA² on RTE (1)."]
-    assert not_ended(read_plan(tmp_path / "measured/none.jsonl")["runs"]) == []
+def test_the_report_names_planned_runs_that_have_not_ended_and_shows_a_tunings_last_grid(
+    run_sweep, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Drawing, "png", lambda _: b"")
+    tune = {"learning_rate": [1e-3, 4e-3], "share_of_steps": 1}
+    assert run_sweep(BASIC | {"tune": tune | {"learning_rate": [1e-3, 2e-3]}}, "--only", "^$|lora-rte-.*=1")[0] == 0
+    assert run_sweep(BASIC | {"tune": tune}, "--only", "cola|lora2-.*=1", "--rerun_changed")[0] == 0
+    measured = load_measured(tmp_path / "measured")
+    runs = [run for run in read_plan(tmp_path / "measured/trial.jsonl")["runs"] if run["run"] != "lora-rte-seed=1"]
+    assert len(runs) == 7
+    assert not_ended(measured["trial"], runs) == ["2 planned run(s) have not ended: LoRA on RTE (1), LoRA² on RTE (1)."]
+    assert not_ended(measured["trial"], read_plan(tmp_path / "measured/none.jsonl")["runs"]) == []
+    write_report(tmp_path / "measured", tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert "2 planned run(s) have not ended" in page
+    assert re.findall(r"^\| (LoRA²?) +\| +(0.\d+) ", page, re.M) == [
+        (m, r) for m in ("LoRA", "LoRA²") for r in ("0.001", "0.004")
+    ]
 
 
 def test_data_that_are_not_there_are_refused_in_one_line_before_any_run(run_sweep, tmp_path):
