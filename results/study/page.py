@@ -24,7 +24,7 @@ NOTES = """\
 ## How to read the tables
 
 - Scores: the last evaluation on the validation set in percent, mean ± standard deviation over the seeds. “Test” is a
-  labelled test set; in the first table, MRPC is scored on its test rows.
+  labelled test set.
 - Minus: the mean over tasks and seeds of paired differences. Its 95 % interval covers only the variation between seeds.
 - Failed runs learned nothing: [the protocol](study/PROTOCOL.md) says what counts.
 - Claims were written down before the runs; p is corrected for the number of the question's claims. “Paper”: its gain.
@@ -74,6 +74,8 @@ def section(
     drawn = draw(every, score_frame(every, question.against), tuning_runs(every), styles)
     drawings = {f"figures/{question.experiment}_{each.kind}.png": each for each in drawn}
     sentences = [f"Measured: {setting(every)}."]
+    if question.test:
+        sentences.append(f"{task_names(question.test)} is scored on its labelled test rows.")
     if crashed := int((every.status == "failed").sum()):
         sentences.append(f"{crashed} run(s) ended early and have no score.")
     if missing := sorted({each.label for each in question.claims} - set(done.label)):

@@ -77,12 +77,12 @@ def printed_scores(every: pd.DataFrame, question: Question) -> pd.DataFrame:
 
 
 def printed_claims(claims: pd.DataFrame) -> list[str]:
-    """A sentence for each measured claim: what was expected, what was found, and the gain in the paper."""
+    """For each measured claim the verdict, what was claimed, the difference, and the gain in the paper."""
     found = []
     for claim in claims[(claims.task == ALL) & claims.p_holm.notna()].itertuples() if len(claims) else ():
         p = "p < 0.001" if claim.p_holm < 0.001 else f"p {number(claim.p_holm, 3)}"
         gain = f"; the paper has {number(claim.published, sign=True)}" if not pd.isna(claim.published) else ""
         shown = with_interval(claim.difference, claim.low, claim.high)
         claimed = f"{claim.row} {_CLAIMED[claim.expected]} {claim.against}"
-        found.append(f"{claimed}: {claim.verdict} ({shown}, {p}{gain}).")
+        found.append(f"{claim.verdict.capitalize()}: {claimed}. {shown}, {p}{gain}.")
     return found

@@ -159,9 +159,9 @@ def test_claims_are_listed_with_their_verdicts_and_those_not_measured_once(make,
     assert make(trial())[0] == 0
     page = (tmp_path / "README.md").read_text()
     # By hand: in both tasks 1.9, 2.0 and 2.1 points, so a standard error of 0.1 / √6, 4 degrees of freedom, t = 2.776.
-    expected = "LoRA² k=8 scores higher than LoRA r=8: holds (+2.00 (+1.89 to +2.11), p < 0.001; the paper has +1.05)."
+    expected = "Holds: LoRA² k=8 scores higher than LoRA r=8. +2.00 (+1.89 to +2.11), p < 0.001; the paper has +1.05."
     assert f"## Does the larger one score more on CoLA and STS-B, {{why}}?\n\n- {expected}\n" in page
-    assert "- LoRA² k=8 scores as LoRA r=1: contradicted (−1.00 " in page and "| claim |" not in page
+    assert "- Contradicted: LoRA² k=8 scores as LoRA r=1. −1.00 (" in page and "| claim |" not in page
     assert page.count("absent") == 1 and "Claimed and not measured yet: absent." in page
 
 
