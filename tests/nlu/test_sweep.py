@@ -1,6 +1,5 @@
 """The sweep with a stand-in for run_glue: its lines, failed runs, its loop, and how it starts runs."""
 
-import contextlib
 import json
 import os
 import re
@@ -10,23 +9,20 @@ import sys
 from functools import partial
 
 import pytest
-import torch
 import yaml
 
-from loralib.files import locked, write_text
+from loralib.files import write_text
 from nlu import ROOT
 from nlu.errors import UsageError
-from nlu.experiments import launchers, sweep_loop
 from nlu.experiments.comparison import not_ended
 from nlu.experiments.experiment import make_experiment
 from nlu.experiments.figures import Drawing
-from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
+from nlu.experiments.launchers import LocalLauncher
 from nlu.experiments.lines import read_plan
 from nlu.experiments.page import write_report
 from nlu.experiments.statistics import load_measured
 from nlu.experiments.sweep_loop import Sweep
 from nlu.runs.machine import git_commit
-from tests.nlu import sweeps
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, wait_until
@@ -210,147 +206,6 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
     assert heard == [False, True] and code == 128 + signal.SIGINT
 
 
-# ---- devices, and the runs of a sweep that was killed ----------------------------------------------------------------
-
-FOUR = "CUDA_VISIBLE_DEVICES", ["0", "GPU-5f", "2", "3"]
-
-
-def test_each_of_seven_runs_has_a_device_that_no_other_has_also_after_failures_and_a_resume(tmp_path, monkeypatch):
-    """Stand-ins for processes: each ends after some looks at it, and one seed fails."""
-    busy, used = set(), []
-
-    class Job:
-        def __init__(self, command, env, **_):
-            self.command, self.device, self.looks, self.code = (
-                command,
-                env["CUDA_VISIBLE_DEVICES"],
-                20 + len(used),
-                None,
-            )
-            assert self.device not in busy
-            busy.add(self.device)
-            used.append(self.device)
-
-        def poll(self):
-            self.looks -= 1
-            if self.looks == 0:
-                busy.remove(self.device)
-                self.code = sweeps.main([*self.command[1:], f"--weight_decay={int('--seed=2' in self.command)}"])
-            return self.code
-
-    monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
-    monkeypatch.setattr(launchers, "LocalJob", Job)
-    monkeypatch.setattr(sweep_loop.time, "sleep", lambda _: None)
-    content = BASIC | {"grid": ONE | {"seed": [1, 2, 3, 4, 5, 6, 7]}}
-
-    def run_all():
-        return Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"]).run(LocalLauncher())[0]
-
-    assert run_all() == 1 and len(used) == 7 and used[:4] == FOUR[1] and not busy
-    assert (tmp_path / "o/trial/logs/lora-cola-seed=2.log").read_text() == "devices: CUDA_VISIBLE_DEVICES=GPU-5f\n"
-    assert run_all() == 1 and len(used) == 8  # the failed one alone
-
-
-def test_more_jobs_than_devices_share_them_evenly_and_a_device_goes_to_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
-    launcher = LocalLauncher(7)
-    assert str(launcher) == "CUDA_VISIBLE_DEVICES=0 or GPU-5f or 2 or 3 for a run; 7 runs at once share them"
-    code = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); sys.stdin.read()"
-    pipes = []
-
-    class Job(launchers.LocalJob):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options | {"stdin": subprocess.PIPE})
-            pipes.append(self.stdin)
-
-    monkeypatch.setattr(launchers, "LocalJob", Job)
-    logs = [tmp_path / f"{number}" for number in range(8)]
-    jobs = [launcher.start([sys.executable, "-c", code], log) for log in logs[:7]]
-    pipes[2].close()
-    assert wait(jobs[2]) == 0
-    jobs.append(launcher.start([sys.executable, "-c", code], logs[7]))
-    for job, pipe in zip(jobs, pipes, strict=True):
-        pipe.close()
-        wait(job)
-    own = [log.read_text().splitlines()[1] for log in logs]
-    assert own == [*FOUR[1], "0", "GPU-5f", "2", "2"]
-    pairs = LocalLauncher(gpus_per_run=2)
-    assert pairs.jobs == 2 and pairs.groups == ["0,GPU-5f", "2,3"]
-    with pytest.raises(UsageError, match="--gpus_per_run 5: 4 devices are visible"):
-        LocalLauncher(gpus_per_run=5)
-    assert str(LocalLauncher(use_cpu=True)) == "1 run(s) at once, without a GPU"
-
-
-@pytest.mark.parametrize(
-    ("kind", "hip", "given", "expected"),
-    [
-        ("cuda", None, {}, ("CUDA_VISIBLE_DEVICES", ["0", "1"])),
-        ("cuda", None, {"CUDA_VISIBLE_DEVICES": "3, GPU-a"}, ("CUDA_VISIBLE_DEVICES", ["3", "GPU-a"])),
-        ("cuda", "7", {}, ("HIP_VISIBLE_DEVICES", ["0", "1"])),
-        ("cuda", "7", {"CUDA_VISIBLE_DEVICES": "4,5"}, ("CUDA_VISIBLE_DEVICES", ["4", "5"])),
-        ("cuda", "7", {"CUDA_VISIBLE_DEVICES": "4,5", "HIP_VISIBLE_DEVICES": "6"}, ("HIP_VISIBLE_DEVICES", ["6"])),
-        ("xpu", None, {"ZE_AFFINITY_MASK": "0.0,0.1"}, ("ZE_AFFINITY_MASK", ["0.0", "0.1"])),
-        ("mps", None, {}, ("", [])),
-    ],
-)
-def test_devices_are_those_that_the_accelerators_variable_names(monkeypatch, kind, hip, given, expected):
-    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launchers, "version", lambda _: "2.15.0")
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert launchers.visible_devices() == expected
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp_path, monkeypatch, capsys, late):
-    """After kill -9 of a sweep its runs go on, and hold the locks of their folders.
-
-    One that has just started (`late`) takes its lock only when the next sweep has started the run too.
-    """
-    monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
-    content = BASIC | {"grid": ONE | {"seed": [1, 2]}}
-    run, other = make_experiment(**content).runs
-    sweep = Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"])
-    (sweep.folder / run.name).mkdir(parents=True)
-    sweep.log(run).parent.mkdir()
-    sweep.log(run).write_text("devices: CUDA_VISIBLE_DEVICES=0\n")
-    launcher, started, looks, lock = LocalLauncher(), [], [], sweep.folder / run.name / ".lock"
-
-    class Job:
-        def __init__(self, command, env, **_):
-            self.refused = run.name in command[-1]
-            if self.refused:
-                held.enter_context(locked(lock))
-            else:
-                started.append(env["CUDA_VISIBLE_DEVICES"])
-                sweeps.main(command[1:])
-
-        def poll(self):
-            return 2 if self.refused else 0
-
-    def sleep(_):
-        looks.append(sweep.states()[run.name])
-        if len(looks) == 3:  # the process of the earlier sweep ends
-            sweeps.main(sweep.command_line(run)[1:])
-            held.close()
-
-    monkeypatch.setattr(launchers, "LocalJob", Job)
-    monkeypatch.setattr(sweep_loop.time, "sleep", sleep)
-    with contextlib.ExitStack() as held:
-        if not late:
-            held.enter_context(locked(lock))
-        assert sweep.run(launcher)[0] == 0
-    assert looks[:2] == ["running"] * 2 and sweep.states() == {run.name: "finished", other.name: "finished"}
-    assert late or started == ["GPU-5f"]  # the other run, on the next device
-    out, err = capsys.readouterr()
-    assert "2 run(s) finished now, 0 failed" in out and f"{run.name}: an earlier sweep's process still runs it" in err
-
-
 def test_two_sweeps_of_one_name_do_not_write_one_file_of_lines(tmp_path, capsys):
     def start(command, log):
         with pytest.raises(UsageError, match=r"another sweep is running in .*, or writes .*trial.jsonl"):
@@ -391,58 +246,6 @@ def test_data_that_are_not_there_are_refused_in_one_line_before_any_run(run_swee
     code, _, err = run_sweep({**BASIC, "base": BASIC["base"] | own, "grid": {"method": ["lora"], "seed": [1]}})
     assert code == 2 and "lora-seed=1: [Errno 2] No such file or directory" in err
     assert not (tmp_path / "output").exists()
-
-
-# ---- how a run is started here and on a cluster ----------------------------------------------------------------------
-
-
-def wait(job):
-    wait_until(lambda: job.poll() is not None)
-    return job.poll()
-
-
-@pytest.mark.parametrize(("jobs", "asked", "threads"), [(3, "", 2), (3, "5", 5)])
-def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path, monkeypatch, jobs, asked, threads):
-    """The threads are its share of 8 cores, or the number in OMP_NUM_THREADS."""
-    monkeypatch.setattr(launchers, "available_cores", lambda: 8)
-    monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    log = tmp_path / "log"
-    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit(7)"
-    assert wait(LocalLauncher(jobs).start([sys.executable, "-c", code], log)) == 7
-    assert log.read_text() == f"{threads}\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_signals_of_slurm_are_passed_on_to_the_run(tmp_path, number):
-    log = tmp_path / "log"
-    code = (
-        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
-        "print(os.getppid(), flush=True); time.sleep(60)"
-    )
-    launcher = SlurmLauncher(tmp_path / "jobs", {"cluster": "local", "timeout_min": 10}, 1)
-    job = launcher.start([sys.executable, "-c", code], log)
-    wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
-    os.kill(int(log.read_text()), number)
-    assert wait(job) == 143
-
-
-def test_job_that_the_cluster_forgets_ends_if_it_is_killed():
-    """Without job accounting, the state of an ended job is unknown and scancel fails for it."""
-
-    class Forgotten:
-        def done(self):
-            return False
-
-        def cancel(self, check=True):
-            if check:
-                raise subprocess.CalledProcessError(1, "scancel")
-
-    job = launchers.SlurmJob(Forgotten())
-    job.stop()
-    assert job.poll() is None
-    job.stop(at_once=True)
-    assert job.poll() == 1
 
 
 def test_commit_is_dirty_if_code_is_changed_but_not_if_records_are(tmp_path):
