@@ -335,17 +335,16 @@ def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensor
 
 @torch.no_grad()
 def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write the live singular values and their part of the factors. Pruned singular values become 0. Where their column
-    of B is 0 (SoRA's start), they keep their values: if both were 0, neither could grow. If a layer's scaling is not
-    the adapter's, e (for LoRA: B) is rescaled, so that ΔW is the adapter's."""
+    """Write the live singular values and their part of the factors. Of the others, only the factor that starts at 0 is
+    written: it becomes 0, and the layer's own values of the rest let them grow again. If a layer's scaling is not the
+    adapter's, the same factor is rescaled, so that ΔW is the adapter's."""
     for name, group in config.modules.items():
         layer, live = layers[name], group.live(name)
-        if layer.lora_E is not None:
-            layer.lora_E.mul_(~layer.lora_B[-1].any(0))
+        if layer.r:
+            layer.starts_at_zero.zero_()
         if live:
             layer.scatter(live, [tensors[factor] for factor in _named_factors(name, layer)])
-            amplitude = layer.lora_B[0] if layer.lora_E is None else layer.lora_E
-            amplitude[..., live] *= group.lora_alpha / layer.lora_alpha
+            layer.starts_at_zero[..., live] *= group.lora_alpha / layer.lora_alpha
 
 
 # ---- a warm start ---------------------------------------------------------------------------------------------------
@@ -356,9 +355,9 @@ def start_from_adapter(
 ) -> AdapterConfig:
     """Start a training from the update of a saved adapter: copy its factors into the model's own low-rank layers.
 
-    ΔW is then the adapter's. If lora_alpha differs, the singular values (for LoRA: B) are rescaled to make up for it.
-    Pruned singular values become 0 and keep the factors of the model's own layers (after ``inject``: random ones), so
-    that they can grow again. Those whose column of B is 0 keep their values instead (SoRA). The head and the
+    ΔW is then the adapter's. If lora_alpha differs, the singular values (for LoRA and SoRA: B) are rescaled to make up
+    for it. Of a pruned singular value, the factor that starts at 0 becomes 0: e, for SoRA its column of B. The others
+    are those of the model's own layers (after ``inject``: random ones), so that it can grow again. The head and the
     ``requires_grad`` flags are not changed.
 
     Args:

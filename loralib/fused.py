@@ -1,7 +1,7 @@
 """A frozen linear map and its low-rank update as one autograd function.
 
 Autograd on the separate operations saves more and adds (tokens × features) gradients one by one. Here the only saved
-activations are the input, also after dropout, and the (tokens, k) hidden values. The update is accumulated into the
+activations are the input, also after dropout, and the (tokens, ρ) hidden values. The update is accumulated into the
 output of the dense product, and its input gradient into the dense input gradient. Parameters of another dtype, and
 their gradients, are cast without a node in the graph.
 """
@@ -62,31 +62,28 @@ class _AdaptedLinear(torch.autograd.Function):
     """Takes only matrices x (n, in): a backward pass that reads the size of a saved tensor cannot be traced."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, core, b, dropped, dtype):
+    def forward(ctx, x, weight, bias, a, b, dropped, dtype):
         dense = weight.to(dtype)
         out = product(x.to(dtype), dense, None if bias is None else bias.to(dtype))
         hidden = product((x if dropped is None else dropped).to(dtype), a.to(dtype))
-        add_product_(out, _inner(hidden, core), b.to(dtype))
+        add_product_(out, hidden, b.to(dtype))
         # x and dropped are views, so layers that share an input save it once. A cast of the large weight is saved too.
-        matrix, ctx.number = (core, None) if isinstance(core, Tensor) else (None, core)
-        ctx.save_for_backward(x, weight, a, matrix, b, dropped, hidden, None if dense is weight else dense)
+        ctx.save_for_backward(x, weight, a, b, dropped, hidden, None if dense is weight else dense)
         ctx.dtype, ctx.bias_dtype = dtype, None if bias is None else bias.dtype
         return out
 
     @staticmethod
     def backward(ctx, grad):
         with without_autocast(grad.device.type):
-            x, weight, a, core, b, dropped, hidden, dense = ctx.saved_tensors
-            core = ctx.number if core is None else core
-            need_x, need_weight, need_bias, need_a, need_core, need_b, need_dropped, _ = ctx.needs_input_grad
+            x, weight, a, b, dropped, hidden, dense = ctx.saved_tensors
+            need_x, need_weight, need_bias, need_a, need_b, need_dropped, _ = ctx.needs_input_grad
             dtype, grad = ctx.dtype, grad.to(ctx.dtype)
             source = (x if dropped is None else dropped).to(dtype)
             low_a, low_b = a.to(dtype), b.to(dtype)
             if torch.is_grad_enabled():  # for a second derivative every value needs its history
                 hidden, dense = source @ low_a.T, None
-            grad_inner = product(grad, low_b.T)
-            grad_hidden = grad_inner @ core.to(dtype) if isinstance(core, Tensor) else grad_inner * core
-            grad_x = grad_weight = grad_bias = grad_a = grad_core = grad_b = grad_dropped = None
+            grad_hidden = product(grad, low_b.T)
+            grad_x = grad_weight = grad_bias = grad_a = grad_b = grad_dropped = None
             if need_x:
                 grad_x = product(grad, (weight.to(dtype) if dense is None else dense).T)
                 if dropped is None:
@@ -100,22 +97,15 @@ class _AdaptedLinear(torch.autograd.Function):
                 grad_bias = grad.sum(0).to(ctx.bias_dtype)
             if need_a:
                 grad_a = product(grad_hidden.T, source.T).to(a.dtype)
-            if need_core:
-                grad_core = (grad_inner.T @ hidden).to(core.dtype)
             if need_b:
-                # As (innerᵀ grad)ᵀ, because gradᵀ inner costs up to eight times as much.
-                grad_b = product(_inner(hidden, core).T, grad.T).T.to(b.dtype)
-            return grad_x, grad_weight, grad_bias, grad_a, grad_core, grad_b, grad_dropped, None
+                # As (hiddenᵀ grad)ᵀ, because gradᵀ hidden costs up to eight times as much.
+                grad_b = product(hidden.T, grad.T).T.to(b.dtype)
+            return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_dropped, None
 
 
-def _inner(hidden: Tensor, core: Tensor | float) -> Tensor:
-    return hidden @ core.T.to(hidden.dtype) if isinstance(core, Tensor) else hidden * core
-
-
-def add_low_rank(out: Tensor, x: Tensor, a: Tensor, core: Tensor | float, b: Tensor) -> Tensor:
-    """out + x Aᵀ Cᵀ Bᵀ in the dtype of ``out``, by torch's own operations; see :func:`adapted_linear`."""
-    inner = _inner(F.linear(x.to(out.dtype), a.to(out.dtype)), core)
-    return out + F.linear(inner, b.to(out.dtype))
+def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out + x Aᵀ Bᵀ in the dtype of ``out``, by torch's own operations; see :func:`adapted_linear`."""
+    return out + F.linear(F.linear(x.to(out.dtype), a.to(out.dtype)), b.to(out.dtype))
 
 
 def adapted_linear(
@@ -123,15 +113,14 @@ def adapted_linear(
     weight: Tensor,
     bias: Tensor | None,
     a: Tensor,
-    core: Tensor | float,
     b: Tensor,
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + bias + x̃ Aᵀ Cᵀ Bᵀ, computed in autocast's dtype if autocast is on and W is not float64, else in W's.
+    """x Wᵀ + bias + x̃ Aᵀ Bᵀ, computed in autocast's dtype if autocast is on and W is not float64, else in W's.
 
     Args:
         x: (…, in). weight: (out, in). bias: (out,) or None.
-        a: (k, in). core: C, (k, k), or a number that stands for that number times the identity. b: (out, k).
+        a: (ρ, in). b: (out, ρ).
         dropped: x̃, x after dropout; None if it is x itself.
 
     Returns:
@@ -142,7 +131,7 @@ def adapted_linear(
     with without_autocast(device):
         if torch._C._are_functorch_transforms_active():  # torch.func does not support the function below
             out = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-            return add_low_rank(out, x if dropped is None else dropped, a, core, b)
+            return add_low_rank(out, x if dropped is None else dropped, a, b)
         rows, kept = x.reshape(-1, x.shape[-1]), None if dropped is None else dropped.reshape(-1, x.shape[-1])
-        out = _AdaptedLinear.apply(rows, weight, bias, a, core, b, kept, dtype)
+        out = _AdaptedLinear.apply(rows, weight, bias, a, b, kept, dtype)
     return out.view(*x.shape[:-1], out.shape[-1])

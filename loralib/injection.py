@@ -10,11 +10,12 @@ from typing import Any
 from torch import nn
 
 from loralib.checks import check_choice
-from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
+from loralib.layers import GatedLinear, Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
 from loralib.model import factors_of, lora_layers
 from loralib.stored_weight import is_conv1d, is_dispatched
 
-KINDS: dict[str, type[LoRALayer]] = {cls.kind: cls for cls in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear)}
+_PRESETS = (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear, GatedLinear)
+KINDS: dict[str, type[LoRALayer]] = {preset.kind: preset for preset in _PRESETS}
 
 # The six names of the published scripts. DeBERTa calls its projections query_proj etc.; BERT, RoBERTa, ELECTRA query.
 PUBLISHED_MODULES = {
@@ -116,13 +117,13 @@ def inject(
     becomes one low-rank layer that they share.
 
     Args:
-        kind: ``"lora"``, ``"adalora"``, ``"lora2"`` or ``"multiscale"``.
+        kind: ``"lora"``, ``"adalora"``, ``"lora2"``, ``"multiscale"`` or ``"sora"``.
         target_modules: patterns, see :func:`match_modules`.
         r, lora_alpha, lora_dropout: as for the layers.
         share_outer: layers of one module type (the same name but for numbers between dots, the same shape) share one
             pair of outer factors; needs at least two scales. Warns if there are several layers, but none share.
         options: the kind's own arguments: ``k`` (8) for ``"lora2"``, ``widths`` for ``"multiscale"``, and ``init``,
-            ``"gaussian"`` (the default) or ``"orthogonal"``, for all kinds but ``"lora"``.
+            ``"gaussian"`` (the default) or ``"orthogonal"``, for all kinds but ``"lora"`` and ``"sora"``.
 
     Returns:
         The names of the replaced modules.

@@ -22,7 +22,7 @@ from loralib.update import INITS, LowRankUpdate
 
 class LoRALayer(LowRankUpdate, nn.Linear):
     """A frozen linear layer with low-rank factors. Use one of its presets: :class:`Linear`, :class:`SVDLinear`,
-    :class:`LoRA2Linear`, :class:`MultiScaleLinear`.
+    :class:`LoRA2Linear`, :class:`MultiScaleLinear`, :class:`GatedLinear`.
 
     Args:
         in_features, out_features: sizes of the frozen layer.
@@ -272,3 +272,24 @@ class LoRA2Linear(LoRALayer):
     @staticmethod
     def scales(k: int = 8, init: str = INITS[0]) -> tuple[Sequence[int], str]:
         return (k,), init
+
+
+class GatedLinear(LoRALayer):
+    """SoRA's layer, LoRA with a gate on each rank: ΔW = s · B diag(g) A with g in ``lora_E`` (arXiv 2311.11696, section
+    3.1). Its training thresholds the gates after each step, which is not part of this library."""
+
+    kind = "sora"
+
+    @staticmethod
+    def scales() -> tuple[Sequence[int], str]:
+        return (), INITS[0]
+
+    def draw_factors(self) -> None:
+        """A as in ``nn.Linear``, B = 0, e ~ N(0, 1)."""
+        nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B[0])
+        nn.init.normal_(self.lora_E)
+
+    @property
+    def starts_at_zero(self) -> nn.Parameter:
+        return self.lora_B[0]

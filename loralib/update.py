@@ -6,11 +6,12 @@
     n scales  ΔW = s · B₀ … Bₙ₋₁ diag(e) Aₙ₋₁ … A₀
 
 with s = lora_alpha / r. B₀ (out, k) and A₀ (k, in) are the outer scale; B₁ (k, r), e (r) and A₁ (r, k) are the second
-scale, and so on inwards. ΔW is never formed during training: the small factors are multiplied first.
+scale, and so on inwards. ΔW is never formed during training: :meth:`LowRankUpdate.folded` multiplies the small factors.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -186,49 +187,47 @@ class LowRankUpdate(nn.Module):
         It is saved with the adapter, but not by peft: there, multiply e."""
         return self.lora_alpha / self.initial_r
 
-    def folded_core(self) -> Tensor | float:
-        """What lies between the outer factors, s included: ΔW = B₀ · core · A₀. Shape (k₁, k₁); one scale: (r, r); for
-        LoRA the number s, which stands for s times the identity.
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """A (ρ, in) and B (out, ρ) with ΔW = B A, s and e included; ρ is the least of r and the widths.
+
+        The small factors are multiplied on both sides of the narrowest place, so that an input meets only ρ features:
+        with two scales A₁ A₀ and B₀ B₁ diag(s·e) if k ≥ r, and A₀ and B₀ (B₁ diag(s·e) A₁) if k < r.
 
         Raises:
             RuntimeError: if the factors are from the meta device and have no values.
         """
-        if not self._has_values and not self.lora_A[0].is_meta:  # it would be read as uninitialised memory
+        # Not by slices of the lists: those of a ParameterList detach the tensors that torch.func puts into it.
+        bs, values, as_ = [*self.lora_B], self.lora_E, [*self.lora_A]
+        if not self._has_values and not as_[0].is_meta:  # it would be read as uninitialised memory
             raise RuntimeError(NO_VALUES)
-        if self.lora_E is None:
-            return self.scaling
-        values = self.lora_E * self.scaling
-        if not self.widths:
-            return torch.diag(values)
-        # Not by slices: those of a ParameterList detach the tensors that torch.func puts into it.
-        (_, left, *inner_bs), (_, right, *inner_as) = self.lora_B, self.lora_A
-        with without_autocast(left.device.type):
-            for inner_b, inner_a in zip(inner_bs, inner_as, strict=True):
-                left, right = left @ inner_b, inner_a @ right
-            return (left * values) @ right
+        inner = [*self.widths, self.r]
+        outer = len(inner) - inner[::-1].index(min(inner))  # the scales outside the narrowest place, the last of equals
+        with without_autocast(as_[0].device.type):
+            innermost = bs.pop() * (self.scaling if values is None else values * self.scaling)
+            if outer > len(bs):
+                return _outward(as_), _outward([*bs, innermost], left=True)
+            core = _outward([*bs[outer:], innermost], left=True) @ _outward(as_[outer:])
+            return _outward(as_[:outer]), _outward([*bs[:outer], core], left=True)
 
     def delta_weight(self) -> Tensor:
         """ΔW with its scaling, shape (out, in), in the factors' dtype; zeros on the default device if no factors are
         left. For merging and inspection."""
         if self.r == 0:
             return torch.zeros(self.out_features, self.in_features)
-        with without_autocast(self.lora_B[0].device.type):
-            core = self.folded_core()
-            left = self.lora_B[0] @ core if isinstance(core, Tensor) else self.lora_B[0] * core
-            return left @ self.lora_A[0]
+        a, b = self.folded()
+        with without_autocast(a.device.type):
+            return b @ a
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + bias + dropout(x) ΔWᵀ for a plain weight W (out, in), fused: see :mod:`loralib.fused`. r > 0."""
         if self.lora_A[0].is_meta and not weight.is_meta:
             raise RuntimeError(NO_VALUES)
         dropped = self.lora_dropout(x) if self.lora_dropout.training and self.lora_dropout.p > 0 else None
-        return adapted_linear(x, weight, bias, self.lora_A[0], self.folded_core(), self.lora_B[0], dropped)
+        return adapted_linear(x, weight, bias, *self.folded(), dropped)
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """out + dropout(x) ΔWᵀ, (…, out), in the dtype of ``out``, a product that another module computed."""
-        if self.r == 0:
-            return out
-        return add_low_rank(out, self.lora_dropout(x), self.lora_A[0], self.folded_core(), self.lora_B[0])
+        return out if self.r == 0 else add_low_rank(out, self.lora_dropout(x), *self.folded())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """States of Microsoft's and AdaLoRA's ``loralib`` load too: there a factor has no number, and e the shape
@@ -244,6 +243,12 @@ class LowRankUpdate(nn.Module):
     def extra_repr(self) -> str:
         own = f"r={self.r}, widths={self.widths}, lora_alpha={self.lora_alpha:g}"
         return ", ".join(filter(None, (super().extra_repr(), own)))
+
+
+def _outward(factors: Sequence[Tensor], left: bool = False) -> Tensor:
+    """The product of factors that are listed from the outermost inward, multiplied from the innermost outward:
+    Aₙ … A₁ A₀, or B₀ B₁ … Bₙ if ``left``."""
+    return functools.reduce(lambda inner, each: each @ inner if left else inner @ each, reversed(factors))
 
 
 NO_VALUES = (

@@ -33,7 +33,7 @@ class UpdateStatistics:
 def update_statistics(model: nn.Module) -> UpdateStatistics:
     """‖ΔW‖_F of every layer, the range of |e|, and how far the factors are from orthonormal.
 
-    ‖ΔW‖² = tr(C A₀A₀ᵀ Cᵀ B₀ᵀB₀) for ΔW = B₀ C A₀, from Grams of size k (one scale: r). The dense ΔW is never formed.
+    ‖ΔW‖² = tr(A Aᵀ Bᵀ B) for ΔW = B A, from two Grams of the narrowest width. The dense ΔW is never formed.
     """
     layers = svd_layers(model)
     largest = smallest = deviation = None
@@ -50,8 +50,6 @@ def update_statistics(model: nn.Module) -> UpdateStatistics:
 def _squared_norm(layer: LowRankUpdate) -> Tensor:
     if layer.r == 0:
         return torch.zeros(())
-    b, core, a = layer.lora_B[0], layer.folded_core(), layer.lora_A[0]
-    with without_autocast(b.device.type):
-        inner = a @ a.T
-        inner = core @ inner @ core.T if isinstance(core, Tensor) else core * inner * core
-        return (inner * (b.T @ b)).sum()
+    a, b = layer.folded()
+    with without_autocast(a.device.type):
+        return ((a @ a.T) * (b.T @ b)).sum()

@@ -1,7 +1,7 @@
 """SoRA, sparse low-rank adaptation (Ding et al. 2023, arXiv 2311.11696): LoRA with a gate on the ranks.
 
-ΔW = s · B diag(g) A: AdaLoRA's layer with other initial values, g ~ N(0, 1), B = 0 and A as in LoRA. After each
-optimiser step the gate takes the proximal step of an L1 penalty (section 3.2),
+ΔW = s · B diag(g) A, see :class:`loralib.GatedLinear`. After each optimiser step the gate takes the proximal step of an
+L1 penalty (section 3.2),
 
     g ← T(g, λη),   T(x, ξ) = sign(x) · max(|x| − ξ, 0)
 
@@ -11,7 +11,6 @@ gate becomes non-zero again if its gradient is large enough. The published code 
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from nlu.arguments import NOT_NEGATIVE, Flag
@@ -29,16 +28,9 @@ SORA_LAMBDA = Flag(
 
 
 def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    from torch import nn
-
     from nlu.methods._sora_gates import GateTraining
 
-    # The gate is the layers' ``lora_E``, so that saving, merging and removing dead ranks work as for other layers.
-    for name in inject_layers(model, args, "adalora"):
-        layer = model.get_submodule(name)
-        nn.init.kaiming_uniform_(layer.lora_A[0], a=math.sqrt(5))
-        nn.init.zeros_(layer.lora_B[0])
-        nn.init.normal_(layer.lora_E)
+    inject_layers(model, args, "sora")
     return AppliedMethod(model, GateTraining(model, args.sora_lambda))
 
 

@@ -11,7 +11,7 @@ import loralib
 from tests.loralib.small import randomise, refused
 
 # "lora", or the widths of a multi-scale layer.
-SCALES = ["lora", (), (1,), (3,), (8,), (4, 2), (5, 4, 3)]
+SCALES = ["lora", (), (1,), (3,), (4,), (8,), (4, 2), (2, 6), (5, 4, 3), (6, 5, 7), (5, 2, 8)]
 
 
 def random_layer(scales, **options):
