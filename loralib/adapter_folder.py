@@ -40,7 +40,7 @@ class LayerGroup:
     """Low-rank layers with the same settings.
 
     Attributes:
-        kind: lora, adalora, lora2 or multiscale. r: initial rank; lora_alpha / r is the scaling.
+        kind: lora, adalora, lora2, multiscale or sora. r: initial rank; lora_alpha / r is the scaling.
         widths: from the outermost inward. init: initialisation of the factors of layers with singular values.
         fan_in_fan_out: whether the modules store their weight as (in, out), as GPT-2's ``Conv1D`` does.
         rank_pattern: module name -> one character for each singular value that the layer had when it was saved (LoRA:
