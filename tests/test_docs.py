@@ -1,6 +1,7 @@
 """README and docs: programs, flags, files and links in them exist, and their results are those of the records."""
 
 import argparse
+import html
 import re
 import shlex
 from pathlib import Path
@@ -17,6 +18,7 @@ from results.study import make
 from results.study.questions import load_questions
 from results.study.runs import scored_on_test
 from results.study.tables import score_table
+from scripts import draw_terminal
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
@@ -183,6 +185,13 @@ def test_code_of_the_readme_runs(encoder_path, tmp_path, monkeypatch):
     exec(code.replace("demo/minilm", str(encoder_path)), variables)
     assert variables["low_rank"].ranks.live < variables["low_rank"].ranks.initial
     assert loralib.read_adapter_config(tmp_path / "my-adapter").ranks
+
+
+def test_picture_of_the_terminal_is_what_its_script_draws(capsys):
+    picture = (ROOT / "docs/quickstart.svg").read_text(encoding="utf-8")
+    lines = {int(y): html.unescape(text) for y, text in re.findall(r'y="(\d+)" fill="#\w+">(.*)</text>', picture)}
+    every = [lines.get(y, "") for y in range(min(lines), max(lines) + 1, draw_terminal.HEIGHT)]
+    assert draw_terminal.draw(every[0].removeprefix("$ "), every[1:]) == picture and len(lines) > 10
 
 
 def test_library_page_lists_exactly_the_public_names():
