@@ -26,7 +26,7 @@ from nlu.errors import OneLineParser, UsageError, program
 from nlu.experiments.experiment import Experiment, make_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
 from nlu.experiments.lines import label_of, settings_of
-from nlu.experiments.sweep_loop import Sweep
+from nlu.experiments.sweep_loop import Ran, Sweep
 
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune
 # Flags that decide what is scored: they cannot differ between methods.
@@ -68,7 +68,7 @@ def main(words: Sequence[str]) -> int:
     launcher = LocalLauncher(args.jobs, use_cpu=parsed[next(iter(parsed))].use_cpu)
     print(f"devices: {launcher}")
 
-    def run_all(part: Experiment) -> tuple[int, dict[str, dict[str, Any]]]:
+    def run_all(part: Experiment) -> Ran:
         sweep = Sweep(part, args.output_dir / "measured", args.output_dir, RUN_GLUE)
         return sweep.run(launcher, args.rerun_changed)
 

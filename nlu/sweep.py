@@ -34,7 +34,7 @@ from nlu.errors import OneLineParser, UsageError, program, reason
 from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.lines import read_lines, write_plan
-from nlu.experiments.sweep_loop import Sweep
+from nlu.experiments.sweep_loop import Ran, Sweep
 from nlu.json_yaml import parse_yaml
 from nlu.runs.identity import INPUTS
 from nlu.tasks import TASKS
@@ -86,7 +86,7 @@ def main(words: Sequence[str]) -> int:
         _show(args, experiment)
         return 0
 
-    def run_all(part: Experiment) -> tuple[int, dict[str, dict[str, Any]]]:
+    def run_all(part: Experiment) -> Ran:
         sweep = Sweep(part, args.measured_dir, args.output_dir, args.command)
         write_plan(sweep.measured, whole if part.name == whole.name else part)
         return sweep.run(launcher, args.rerun_changed)
@@ -117,7 +117,7 @@ def _show(args: argparse.Namespace, experiment: Experiment) -> None:
 
     texts: dict[str, str] = {}
 
-    def show(part: Experiment) -> tuple[int, dict[str, dict[str, Any]]]:
+    def show(part: Experiment) -> Ran:
         sweep = Sweep(part, args.measured_dir, args.output_dir, args.command)
         states = sweep.states()
         for run in part.runs:

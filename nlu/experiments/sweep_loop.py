@@ -22,6 +22,7 @@ from nlu.runs.identity import FREE, changes, content_digests
 from nlu.runs.signals import handled_by
 
 _POLL_SECONDS = 0.1
+Ran = tuple[int, dict[str, dict[str, Any]]]  # an exit code, and lines by the run's name
 LOCK, RECORD = ".lock", "results.json"  # as in nlu/runs/folder.py, which imports torch
 
 
@@ -108,12 +109,10 @@ class Sweep:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    def run(
-        self, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool = False
-    ) -> tuple[int, dict[str, dict[str, Any]]]:
-        """Run what is not finished; returns the exit code and the lines by name.
+    def run(self, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool = False) -> Ran:
+        """Run what is not finished; returns the exit code (0, 1 if runs failed, 128 + the signal's number if stopped)
+        and the lines of all runs by name.
 
-        The code is 0, 1 if runs failed, and 128 + the signal's number if stopped.
         After a signal no further run starts, and the others save and end; a second one ends them at once.
 
         Args:
@@ -126,15 +125,14 @@ class Sweep:
         for folder in (self.folder / "logs", self.measured.parent):
             folder.mkdir(parents=True, exist_ok=True)
         in_use = f"another sweep is running in {self.folder}, or writes {self.measured}; wait for it or stop it"
-        lines_lock = self.measured.with_name(
-            f".{self.measured.stem}.lock"
-        )  # a sweep of this name may have another folder
+        # A sweep of this name may have another folder and the same lines.
+        locks = self.folder / LOCK, self.measured.with_name(f".{self.measured.stem}.lock")
         caught = [signal.SIGINT, signal.SIGTERM]
         # A cluster's jobs outlive the terminal, and so does a sweep under nohup.
         if isinstance(launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             caught.append(signal.SIGHUP)
         with contextlib.ExitStack() as held:
-            for lock in (self.folder / LOCK, lines_lock):
+            for lock in locks:
                 held.enter_context(locked(lock, UsageError(in_use)))
             states = self.states()
             self._refuse_changed([run for run in self.runs if states[run.name] == "changed" and not rerun_changed])

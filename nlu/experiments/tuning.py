@@ -12,11 +12,10 @@ import pandas as pd
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run, run_name
 from nlu.experiments.statistics import as_frame
+from nlu.experiments.sweep_loop import Ran
 from nlu.experiments.tables import number
 from nlu.tasks import HEADINGS
 
-# Makes the runs of an experiment; returns the exit code, and the lines of those that have ended by name.
-RunAll = Callable[[Experiment], tuple[int, dict[str, dict[str, Any]]]]
 Grids = Mapping[str, Sequence[float]]  # row, or row and task → the rates to try
 
 
@@ -100,8 +99,12 @@ class Tuning:
                     shorter[name] = max(least, int(share * steps))
         return shorter
 
-    def find(self, run_all: RunAll) -> Tuned:
-        """Run the tuning and choose the rates: they depend on the lines alone, so a stopped tuning resumes."""
+    def find(self, run_all: Callable[[Experiment], Ran]) -> Tuned:
+        """Make the runs and choose the rates. They depend on the lines alone, so that a stopped tuning resumes.
+
+        Args:
+            run_all: makes the runs of an experiment, as :meth:`Sweep.run` does.
+        """
         grids = self.grids
         for left in reversed(range(self.experiment.tune.extend + 1)):
             runs = self.runs(grids)
