@@ -36,7 +36,7 @@ def check_and_complete(args: Any, given: Collection[str], chosen: Collection[str
         raise UsageError("nothing to do: give --do_train, --do_eval or --do_predict")
     if args.do_train and args.learning_rate is None:
         raise UsageError(
-            f"{args.method_config} has no learning rate: give --learning_rate (compare.py: or --tune), or --published"
+            f"no learning rate is known for {args.method_config}: give --learning_rate, or tune it (compare.py --tune)"
         )
     _check_data(args, given)
     if args.bf16 and args.fp16:

@@ -1,7 +1,8 @@
 """The command line of ``nlu/run_glue.py``: which source the value of each argument comes from.
 
 Later sources override earlier ones: the defaults in ``nlu/arguments.py``, the published settings (``--published``),
-the method's file, an argument file (the first word of the command), the flags. Torch and transformers are not imported.
+the method's file, an argument file (the first word of the command), the flags. ``--dry_run`` shows the source of each
+value. Torch and transformers are not imported.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import functools
 import json
 import logging
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +52,7 @@ def build_parser() -> OneLineParser:
         group = parser.add_argument_group(part)
         for flag in flags:
             flag.add_to(group)
+    parser.add_argument("--dry_run", action="store_true", help="Print the values that the run would use and stop.")
     # torch.distributed.launch passes this flag; the environment has the same value.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
@@ -62,10 +65,21 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         UsageError: for anything unknown, malformed or contradictory; one line that says what to change.
     """
     given = read_flags(argv)
-    config, published = chosen_method(given)
+    dry_run = given.pop("dry_run", False)
+    config, implied = chosen_method(given)
     base, of_method = method_file(config)
-    chosen = published_settings(given, base) | published | of_method | given
-    args = Arguments(**DEFAULTS | chosen | {"method": base, "method_config": config, "world_size": world_size()})
+    sources = {
+        "default": DEFAULTS,
+        **published_settings(given, base),
+        f"configs/methods/{config}.yaml": of_method,
+        "the command": implied | given,
+    }
+    values, source = {}, {}
+    for name, found in sources.items():
+        values |= found
+        source |= dict.fromkeys(found, name)
+    chosen = {name for name in values if source[name] != "default"}
+    args = Arguments(**values | {"method": base, "method_config": config, "world_size": world_size()})
     check_and_complete(args, given, chosen)
     if args.root_output_dir is None:
         model = Path(args.model_name_or_path).name
@@ -73,6 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         args.root_output_dir = f"output/{data}/{config}/seed-{args.seed}"
     args.values = {name: getattr(args, name) for name in (*DEFAULTS, "method_config")}
     args.command = shlex.join(["python", "nlu/run_glue.py", *argv])
+    args.dry_run, args.sources = dry_run, source
     return args
 
 
@@ -120,7 +135,7 @@ def chosen_method(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def method_file(config: str) -> tuple[str, dict[str, Any]]:
-    """Read the base method, and the values of its flags, from a file in configs/methods/.
+    """Read the base method, and the values of its flags, from a file in configs/methods/; null removes a published one.
 
     Raises:
         UsageError: if there is no such file.
@@ -128,12 +143,15 @@ def method_file(config: str) -> tuple[str, dict[str, Any]]:
     files = {path.stem: path for path in sorted(METHOD_FOLDER.glob("*.yaml"))}
     if config not in files:
         raise UsageError(f"unknown method {config!r}: --method takes one of {', '.join(files)}")
-    values = read_flags(as_words(read_yaml(files[config]), files[config].name))
-    return values.pop("method"), values
+    content = read_yaml(files[config])
+    values = read_flags(as_words(content, files[config].name))
+    return values.pop("method"), values | {name: None for name, value in content.items() if value is None}
 
 
-def published_settings(given: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The settings that ``--published`` selects: the task's, without other methods' flags, then the method's own.
+def published_settings(given: Mapping[str, Any], method: str) -> dict[str, dict[str, Any]]:
+    """The settings that ``--published`` selects, by their source; a later one takes precedence.
+
+    They are those of all methods, without flags that this one does not read, and those published for this one.
 
     Raises:
         UsageError: if there are no published settings for the task or the backbone.
@@ -143,18 +161,57 @@ def published_settings(given: Mapping[str, Any], method: str) -> dict[str, Any]:
         return {}
     if task is None:
         raise UsageError("--published needs --task_name: settings are published for each task")
-    path = TASK_FOLDER / f"{task}.yaml"
-    settings = read_yaml(path) if path.is_file() else {}
-    if backbone not in settings:
-        raise UsageError(f"--published {backbone} is unknown: {path} has {', '.join(settings) or 'no settings'}")
+    found: dict[str, dict[str, Any]] = {}
     read = {flag.name for flag in METHODS[method].flags}
-    layers = read_yaml(TASK_FOLDER / "every_task.yaml")[backbone], settings[backbone]
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged |= {n: v for n, v in layer.items() if n in read or not (n in METHOD_FLAGS or n in METHODS)}
-    for layer in layers:
-        merged |= layer.get(method, {})
-    return read_flags(as_words(merged, path))
+    for file in ("every_task", task):
+        path = TASK_FOLDER / f"{file}.yaml"
+        settings = read_yaml(path) if path.is_file() else {}
+        if backbone not in settings:
+            raise UsageError(f"--published {backbone} is unknown: {path} has {', '.join(settings) or 'no settings'}")
+        common = {n: v for n, v in settings[backbone].items() if n in read or n not in (*METHOD_FLAGS, *METHODS)}
+        for section, values in (("all methods", common), (method, settings[backbone].get(method, {}))):
+            found[f"configs/tasks/{path.name}, {section}"] = read_flags(as_words(values, path))
+    order = sorted(found, key=lambda source: source.endswith(f", {method}"))  # a method's own sections come last
+    return {source: found[source] for source in order}
+
+
+# The values that --dry_run shows even if they are defaults, if the method reads them.
+_ALWAYS = (
+    "learning_rate", "lora_r", "lora_alpha", "lora_k", "num_train_epochs", "lr_scheduler_type", "warmup_steps",
+    "weight_decay", "max_seq_length", "seed",
+)  # fmt: skip
+
+
+def resolved(args: Arguments) -> list[tuple[str, str, str]]:
+    """The values that decide what a run computes: (name, value, source), for --dry_run.
+
+    Those are the flags that something sets, and the most important defaults. Below them are the rows of a step, and for
+    a low-rank method, the scale α/r and the learning rate × α/r, which methods are compared at.
+    """
+    read = {flag.name for flag in METHODS[args.method].flags}
+    rows = []
+    for name in DEFAULTS:
+        value, source = getattr(args, name), args.sources[name]
+        if source == "default" and value != DEFAULTS[name]:
+            source = "follows from the others"
+        if value is not None and (name in read or name not in METHOD_FLAGS):
+            if source != "default" or name in _ALWAYS:
+                rows.append((name, str(value), source))
+    parts = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    rows.append(("batch", str(math.prod(parts)), "{} at once × {} accumulated × {} processes".format(*parts)))
+    if {"lora_alpha", "lora_r"} <= read:
+        scale = args.lora_alpha / args.lora_r
+        rows.append(("α/r", f"{scale:.4g}", "the scale of the update"))
+        if args.learning_rate is not None:
+            rows.append(("learning_rate × α/r", f"{scale * args.learning_rate:.4g}", "compare methods at this"))
+    return rows
+
+
+def resolved_lines(args: Arguments) -> list[str]:
+    """The rows of :func:`resolved` as aligned lines."""
+    rows = resolved(args)
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return [f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows]
 
 
 def fit_schedule(arguments: Arguments, total_steps: int) -> Arguments:

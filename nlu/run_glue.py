@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from nlu.command_line import parse_arguments
+from nlu.command_line import parse_arguments, resolved_lines
 from nlu.errors import exit_code
 from nlu.runs.processes import end_processes, is_first, start_processes
 from nlu.runs.signals import Interrupted, stopped_by_signals
@@ -28,9 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     if not is_first():  # the first process warns for all
         logging.getLogger("nlu").setLevel(logging.ERROR)
+    arguments = None
     with stopped_by_signals():
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+            if arguments.dry_run:
+                print("\n".join(resolved_lines(arguments) if is_first() else ()))
+                return 0
             # Imports that take seconds come only now, so that bad arguments are reported at once.
             with quick_imports():
                 start_processes(arguments.use_cpu)  # from here on an error in one process ends the others' wait for it
@@ -41,8 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 
             run(arguments, data)
         except BaseException as error:
-            if isinstance(error, Interrupted) and not is_first():  # every process stops; only the first reports it
-                return 128 + error.signum
+            # Every process has the same command and stops; only the first reports it.
+            if not is_first() and (arguments is None or isinstance(error, Interrupted)):
+                return 128 + error.signum if isinstance(error, Interrupted) else 2
             return exit_code(error)
     return 0
 

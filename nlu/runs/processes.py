@@ -87,6 +87,6 @@ def end_processes() -> None:
     """Leave the process group together: a process that ends early can abort one that still communicates with it."""
     import torch.distributed as dist
 
-    if world_size() > 1:
+    if world_size() > 1 and dist.is_initialized():  # not by --dry_run
         dist.barrier()
         dist.destroy_process_group()

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def test_run_killed_at_random_points_resumes_exactly(base_flags, tmp_path):
 
 
 TWO = "--max_steps 40 --save_steps 5 --eval_steps 6 --logging_steps 3 --per_device_train_batch_size 4"
-LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH = [ROOT / "scripts/launch.py", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.mark.slow
@@ -119,7 +120,7 @@ def test_two_processes_resume_exactly(base_flags, tmp_path):
     wait_until((tmp_path / "stopped" / "model" / "checkpoint-5").is_dir)
     launcher.terminate()
     _, told = launcher.communicate(timeout=PATIENCE)
-    assert launcher.returncode != 0
+    assert launcher.returncode == 143 and re.fullmatch("stopped after step .* again", told.splitlines()[-1])
     log = (tmp_path / "stopped" / "log" / "run.log").read_text()
     assert told.count("give the same command again") == 1  # only rank 0 reports it
     assert log.count("---- ") == 1 and log.count("Interrupted: stopped after step") == 1
@@ -130,7 +131,7 @@ def test_two_processes_resume_exactly(base_flags, tmp_path):
     runs += [[base_flags, None, "apart"], [[*base_flags, "--lora_module", "nothing"], None, "last"]]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     result = run_python(*LAUNCH, killed_runs.__file__, tmp_path / "runs.json")
-    assert result.returncode != 0
+    assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.count("error: the processes of this run differ (seed)") == 2
     assert "matches no linear layer" in result.stderr
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")

@@ -3,16 +3,20 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 import yaml
 
 from nlu import ROOT
-from nlu.command_line import parse_arguments
+from nlu.command_line import method_file, parse_arguments
+from nlu.errors import UsageError
 from nlu.tasks import TASKS
 
+METHOD_FILES = sorted((ROOT / "configs/methods").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "scripts").glob("run_*.sh"))
 BACKBONES = {"debertav3": "deberta-v3-base", "robertalarge": "roberta-large"}
 # The rows of the GLUE training sets, which determine the lengths of the published schedules.
@@ -25,14 +29,14 @@ def shown_by(script, *flags, **environment):
     """What a script prints."""
     return subprocess.run(
         ["bash", ROOT / "scripts" / script, *flags],
-        env={"PATH": os.environ["PATH"], "DRY_RUN": "1", "PYTHON": "python", **environment},
+        env={"PATH": os.environ["PATH"], "DRY_RUN": "1", "PYTHON": sys.executable, **environment},
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
 
 
 def words_of(script, *flags, **environment):
-    """The command that a script prints, in words."""
-    return shlex.split(shown_by(script, *flags, **environment))
+    """The command that a script prints, in words; PYTHON=echo starts nothing."""
+    return shlex.split(shown_by(script, *flags, **{"PYTHON": "echo", **environment}).splitlines()[0])
 
 
 def arguments_of(words):
@@ -42,15 +46,15 @@ def arguments_of(words):
 
 def settings(backbone, task, method, *flags):
     """The published settings of a task; the next test compares the scripts' flags with them."""
-    choice = ["--published", backbone, "--task_name", task, "--method", method, "--do_train", "--do_eval",
-              "--measured_dir", "output/measured"]  # fmt: skip
-    return parse_arguments([*choice, *flags]).values
+    choice = ["--published", backbone, "--task_name", task, "--method", method, "--do_train", "--do_eval"]
+    return parse_arguments([*choice, "--measured_dir", "output/measured", *flags]).values
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_starts_its_task_with_the_published_settings(script):
     _, short, task = script.stem.split("_")
-    assert arguments_of(words_of(script.name, METHOD="lora")).values == settings(BACKBONES[short], task, "lora")
+    method = {"debertav3": "lora2", "robertalarge": "lora"}[short]
+    assert arguments_of(words_of(script.name)).values == settings(BACKBONES[short], task, method)
 
 
 def test_every_task_and_backbone_has_a_script_and_a_file_of_settings():
@@ -73,6 +77,7 @@ def test_debertav3_has_the_published_settings(task, method):
     found = settings("deberta-v3-base", task, method)
     kind, amount = expected.pop("warmup").split()
     per_epoch = -(-TRAIN_ROWS[task] // 32)
+    assert (expected.pop("seed"), found["seed"]) == (4 if (task, method) == ("rte", "lora2") else 6, 6)  # one for all
     whole = 1 if kind == "warmup_steps" else published["lora2"][task]["num_train_epochs"] * per_epoch
     assert found["warmup_steps"] == pytest.approx(float(amount) * whole, abs=1)
     assert {key: found["task_name" if key == "task" else key] for key in expected} == expected
@@ -99,17 +104,42 @@ def test_roberta_large_has_loras_settings(task):
     assert found["weight_decay"] == 0.1
     assert found["schedule_steps"] == epochs * -(-TRAIN_ROWS[task] // (8 * batch))
     assert found["warmup_steps"] == pytest.approx(0.06 * found["schedule_steps"], abs=1)
-    allocating = settings("roberta-large", task, "lora2_k1")
+    allocating = settings("roberta-large", task, "lora2_k1", "--learning_rate", "1e-3")
     assert allocating["lora_module"] == "auto"
     assert allocating["init_warmup"] + allocating["final_warmup"] < allocating["schedule_steps"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/methods").glob("*.yaml")), ids=lambda path: path.stem)
+OF_OWN_METHOD = {"learning_rate", "lora_alpha", "lora_r", "lora_module"}
+OWNERS = {"deberta-v3-base": {"lora2", "adalora"}, "roberta-large": {"lora"}}
+
+
+@pytest.mark.parametrize("backbone", OWNERS)
+def test_no_method_gets_a_learning_rate_or_alpha_published_for_another(backbone):
+    """Variants of LoRA² with other initial factors and constraints are methods of their own."""
+    for path in (ROOT / "configs/tasks").glob("*.yaml"):
+        assert not OF_OWN_METHOD & set(yaml.safe_load(path.read_text()).get(backbone, {})), path
+    own = {"full"} | {path.stem for path in METHOD_FILES if method_file(path.stem)[0] in OWNERS[backbone]}
+    own -= {"lora2_plus", "lora2_plus_k1", "lora2_shared", "lora2_shared_small"}
+    for path in METHOD_FILES:
+        flags = ["--peft_config", "{}"] if path.stem == "peft" else []
+        if path.stem in own:
+            assert settings(backbone, "cola", path.stem, *flags)["learning_rate"]
+            continue
+        with pytest.raises(UsageError, match=f"no learning rate is known for {path.stem}: give --learning_rate"):
+            settings(backbone, "cola", path.stem, *flags)
+        given = settings(backbone, "cola", path.stem, "--learning_rate", "1e-3", *flags)
+        assert given["lora_alpha"] == method_file(path.stem)[1].get("lora_alpha", 16) or "lora2" in path.stem
+
+
+@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.stem)
 def test_every_methods_file_overrides_the_published_settings(path):
     config = yaml.safe_load(path.read_text())
     if "peft_config" in config:
         config["peft_config"] = json.dumps(config["peft_config"])
-    found = settings("deberta-v3-base", "mrpc", path.stem, *(["--peft_config", "{}"] if path.stem == "peft" else []))
+    config["learning_rate"] = config.get("learning_rate") or 0.5
+    flags = ["--learning_rate", str(config["learning_rate"])]
+    flags += ["--peft_config", "{}"] if path.stem == "peft" else []
+    found = settings("deberta-v3-base", "mrpc", path.stem, *flags)
     assert {key: found[key] for key in config} == config and found["method_config"] == path.stem
 
 
@@ -125,22 +155,50 @@ def test_environment_sets_flags_and_given_flags_override_it(flags, environment, 
     assert {key: found[key] for key in expected} == expected
 
 
+def launched(**environment):
+    """The launcher that a script starts, its flags, and the words of the command."""
+    words = words_of("run_debertav3_mnli.sh", **environment)
+    at = words.index(f"{ROOT}/nlu/run_glue.py")
+    assert words[1] == f"{ROOT}/scripts/launch.py"
+    return words[2], dict(itertools.pairwise(words[3:at] + [""])), words
+
+
 def test_several_machines_and_accelerate_start_the_same_command():
     machines = {"NPROC": "2", "NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "first", "MASTER_PORT": "1234"}
-    words = words_of("run_debertav3_mnli.sh", **machines)
-    given = dict(itertools.pairwise(words))
-    assert words[:3] == ["python", "-m", "torch.distributed.run"]
+    program, given, words = launched(**machines)
+    assert program == "torch.distributed.run"
     assert (given["--nnodes"], given["--node_rank"], given["--nproc_per_node"]) == ("4", "3", "2")
     assert (given["--master_addr"], given["--master_port"]) == ("first", "1234")
-    other = words_of("run_debertav3_mnli.sh", ACCELERATE="configs/accelerate/fsdp.yaml", **machines)
-    given = dict(itertools.pairwise(other))
-    assert other[:3] == ["python", "-m", "accelerate.commands.launch"]
+    program, given, other = launched(ACCELERATE="configs/accelerate/fsdp.yaml", **machines)
+    assert program == "accelerate.commands.launch"
     assert (given["--num_processes"], given["--num_machines"], given["--machine_rank"]) == ("8", "4", "3")
     assert arguments_of(other).values == arguments_of(words).values
     for needed in ("NODE_RANK", "MASTER_ADDR"):  # a default would let the machines wait for each other
         with pytest.raises(subprocess.CalledProcessError) as refused:
             words_of("run_debertav3_mnli.sh", **machines | {needed: ""})
         assert f"{needed}: is needed with NNODES" in refused.value.stderr
+
+
+def test_runs_on_one_machine_get_free_ports_unless_one_is_named():
+    _, given, _ = launched(NPROC="2")
+    assert "--standalone" in given and "--master_port" not in given
+    assert launched(NPROC="2", MASTER_PORT="1234")[1]["--master_port"] == "1234"
+    fsdp = {"NPROC": "2", "ACCELERATE": "configs/accelerate/fsdp.yaml"}
+    assert launched(**fsdp)[1]["--main_process_port"] == "0"
+    assert launched(**fsdp, MASTER_PORT="1234")[1]["--main_process_port"] == "1234"
+
+
+def test_DRY_RUN_shows_each_value_with_its_source():
+    lines = shown_by("run_debertav3_qnli.sh", "--max_steps", "9", METHOD="adalora", NPROC="4").splitlines()[1:]
+    found = {name: (value, source) for name, value, source in (re.split(r"  +", line.strip()) for line in lines)}
+    assert found["learning_rate"] == ("0.0005", "configs/tasks/qnli.yaml, adalora")
+    assert found["lora_r"] == ("2", "configs/tasks/every_task.yaml, adalora")
+    assert found["num_train_epochs"] == ("5.0", "configs/tasks/qnli.yaml, all methods")
+    assert (found["max_steps"][1], found["lr_scheduler_type"][1]) == ("the command", "default")
+    assert found["batch"] == ("32", "8 at once × 1 accumulated × 4 processes")
+    assert found["α/r"][0] == "16" and found["learning_rate × α/r"][0] == "0.008"
+    own = shown_by("run_debertav3_qnli.sh", "--learning_rate", "1e-3", METHOD="lora")
+    assert re.search(r"lora_r +8 +configs/methods/lora.yaml\n", own) and re.search(r"lora_alpha +16.0 +default\n", own)
 
 
 def test_without_DRY_RUN_the_command_is_started_and_help_starts_nothing():

@@ -1,0 +1,29 @@
+"""Starts a launcher (torchrun or accelerate) that ends with the run's own last line and exit code, not with a traceback.
+
+python scripts/launch.py torch.distributed.run --standalone --nproc_per_node 4 nlu/run_glue.py …
+"""
+
+import logging
+import runpy
+import sys
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+
+def main(module: str, *words: str) -> int:
+    """Run the launcher's module; returns 128 + the number of a signal, or the exit code of the process that failed first."""
+    sys.argv = [module, *words]
+    logging.disable(logging.ERROR)  # the launcher's account of a failure; its processes are not affected
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code  # negative: killed by a signal
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
