@@ -84,7 +84,8 @@ def arguments_of(flags: list[str], folder: str, steps: int, device: str, dtype: 
         "save_strategy": "no", "logging_strategy": "no", "use_cpu": device == "cpu",
         "bf16": dtype == "bfloat16",
     }  # fmt: skip
-    own = method_file(flags[1])[1]  # the method's file wins over these
+    # The method's file wins over these.
+    own = {name for name, value in method_file(flags[1])[1].items() if value is not None}
     return parse_arguments([f"--{name}={value}" for name, value in settings.items() if name not in own] + flags)
 
 

@@ -194,9 +194,9 @@ def resolved(args: Arguments) -> list[tuple[str, str, str]]:
         value, source = getattr(args, name), args.sources[name]
         if source == "default" and value != DEFAULTS[name]:
             source = "follows from the others"
-        if value is not None and (name in read or name not in METHOD_FLAGS):
-            if source != "default" or name in _ALWAYS:
-                rows.append((name, str(value), source))
+        is_read, matters = name in read or name not in METHOD_FLAGS, source != "default" or name in _ALWAYS
+        if value is not None and is_read and matters:
+            rows.append((name, str(value), source))
     parts = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     rows.append(("batch", str(math.prod(parts)), "{} at once × {} accumulated × {} processes".format(*parts)))
     if {"lora_alpha", "lora_r"} <= read:

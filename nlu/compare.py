@@ -4,7 +4,7 @@
     python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --tune
     python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR \\
         --methods lora2,lora --seeds 5 --learning_rate 1e-3
-    python nlu/compare.py --task_name rte --published deberta-v3-base --methods lora2,lora:lora_alpha=64
+    python nlu/compare.py --task_name rte --published deberta-v3-base --methods lora2,lora --tune
 
 All other flags go to nlu/run_glue.py, for every method; NAME:flag=value in --methods sets a flag for one method.
 After an interruption, the same command continues.

@@ -1,4 +1,4 @@
-"""Starts a launcher (torchrun or accelerate) that ends with the run's own last line and exit code, not with a traceback.
+"""Starts torchrun or accelerate so that it ends with the run's last line and exit code, not with a traceback.
 
 python scripts/launch.py torch.distributed.run --standalone --nproc_per_node 4 nlu/run_glue.py …
 """
@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main(module: str, *words: str) -> int:
-    """Run the launcher's module; returns 128 + the number of a signal, or the exit code of the process that failed first."""
+    """Run the launcher's module; returns 128 + a signal's number, or the exit code of the process that failed first."""
     sys.argv = [module, *words]
     logging.disable(logging.ERROR)  # the launcher's account of a failure; its processes are not affected
     try:

@@ -14,8 +14,8 @@ grid:                                   # one run for each combination
 exclude: [{method: lora, variant: full}]            # combinations left out
 overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones
 tune:                                   # optional: first choose learning rates on held-out rows of the training set
-  learning_rate: [1.0e-4, 2.0e-4, 4.0e-4]           # to try; or a mapping: labels of the grid to such lists
-  when: {method: lora2}                             # the rows to tune (default: all); the others keep their rate
+  learning_rate: [1.0e-4, 2.0e-4, 4.0e-4]           # to try; or a mapping: labels of the grid to such lists; rows
+  when: {method: lora2}                             # without one, or not of these (default: all), keep their rate
   one_rate_for: row                                 # one rate for all tasks; or row_and_task: one for each task
   share_of_steps: 0.5                               # length of a tuning run, of a final run's; warm-ups shrink with it
   holdout_fraction: 0.1
@@ -101,7 +101,9 @@ class Tune:
             if strange := [label for label in rates if label not in known]:
                 raise UsageError(f"tune.learning_rate names {strange[0]}, which the grid does not have")
             named = [label for label in axes.values() if label in rates]
-            if len(named) != 1:
+            if not named:
+                return ()
+            if len(named) > 1:
                 raise UsageError(f"tune.learning_rate must name one label of {', '.join(map(str, axes.values()))}")
             rates = rates[named[0]]
         if not rates or not all(type(rate) in (int, float) and rate > 0 for rate in rates):

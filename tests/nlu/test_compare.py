@@ -77,14 +77,15 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
 
 @pytest.mark.slow
 def test_unequal_published_settings_give_a_warning(tmp_path, monkeypatch, capsys):
-    """RTE has α = 32 with r = 4 (LoRA²), 8 (LoRA), 2 (AdaLoRA); AdaLoRA has a quarter of the others' parameters."""
+    """RTE has α = 32 with r = 4 (LoRA²) and 2 (AdaLoRA), which has a quarter of the others' parameters."""
     monkeypatch.setattr(compare.Sweep, "run", lambda *_: (0, {}))
     monkeypatch.setattr("nlu.data.splits.load_data", lambda *_: None)  # the data of RTE are not needed
     deberta = make_encoder(tmp_path / "deberta", "deberta-v2")
     AutoConfig.for_model("deberta-v2", **DEBERTA_BASE).save_pretrained(deberta)  # parameter counts need no weights
     capsys.readouterr()  # discards the progress bars of saving
     flags = ["--task_name", "rte", "--published", "deberta-v3-base", "--model_name_or_path", str(deberta),
-             "--seeds", "1", "--output_dir", str(tmp_path), "--glue_dir", str(tmp_path / "donné\n s")]  # fmt: skip
+             "--learning_rate", "1.2e-3", "--seeds", "1", "--output_dir", str(tmp_path),
+             "--glue_dir", str(tmp_path / "donné\n s")]  # fmt: skip
 
     def said(*words):
         assert compare.main([*flags, "--methods", *words]) == 0
@@ -94,7 +95,7 @@ def test_unequal_published_settings_give_a_warning(tmp_path, monkeypatch, capsys
     lora2, kept = (lora + 72 * rank * (2 * 8 + 1) for rank in (4, 3))
     first = f"lora2 has {lora2:,} parameters (about {kept:,} after pruning), α/r 8"
     unlike = [
-        f"lora has {lora:,} parameters, α/r 4, {first}",
+        f"lora has {lora:,} parameters, α/r 2, {first}",
         f"adalora has {adalora:,} parameters (about {adalora // 2:,} after pruning), α/r 16, {first}",
     ]
     advice = "--methods NAME:flag=value changes one method"
@@ -102,9 +103,12 @@ def test_unequal_published_settings_give_a_warning(tmp_path, monkeypatch, capsys
     assert said("lora2,lora:lora_alpha=64,adalora_r8:lora_alpha=96") == ""
     # Exact factors, which need contents, have a size all the same.
     plus_k1 = "lora2_plus_k1:lora_r=8:lora_alpha=32"
-    assert f"{plus_k1} has 167,616 parameters" in said(f"lora,{plus_k1}")
-    plus = "lora,lora2_plus:lora_r=8:lora_alpha=32"
-    assert "trains the head at 0.001, lora at 0.0012: --head_learning_rate 0.0012 for all makes them" in said(plus)
+    assert f"{plus_k1} has 167,616 parameters" in said(f"lora:lora_alpha=32,{plus_k1}")
+    plus = "lora:lora_alpha=32,lora2_plus:lora_r=8:lora_alpha=32"
+    assert (
+        "trains the head at 0.001, lora:lora_alpha=32 at 0.0012: --head_learning_rate 0.0012 for all makes them"
+        in said(plus)
+    )
     assert said(plus, "--head_learning_rate", "2e-3") == said(plus, "--learning_rate", "1e-3") == ""
 
 
@@ -112,7 +116,10 @@ def test_unequal_published_settings_give_a_warning(tmp_path, monkeypatch, capsys
     ("flags", "message"),
     [
         (["--methods", "lora2,lora:task_name=mrpc"], "give --task_name for all methods"),
-        (["--methods", "full,lora"], "lora has no learning rate: give --learning_rate (compare.py: or --tune)"),
+        (
+            ["--methods", "full,lora"],
+            "no learning rate is known for lora: give --learning_rate, or tune it (compare.py --tune)",
+        ),
         (["--methods", "lora", "--tune", "--learning_rate", "1"], "--tune sets --learning_rate itself"),
         (["--methods", "lora2,lora", "--reference", "full"], "--reference full is none of --methods: lora2, lora"),
         (["--methods", "lora,query,value", "--learning_rate", "1"], "unknown method 'query'"),

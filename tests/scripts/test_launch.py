@@ -160,7 +160,7 @@ def launched(**environment):
     words = words_of("run_debertav3_mnli.sh", **environment)
     at = words.index(f"{ROOT}/nlu/run_glue.py")
     assert words[1] == f"{ROOT}/scripts/launch.py"
-    return words[2], dict(itertools.pairwise(words[3:at] + [""])), words
+    return words[2], dict(itertools.pairwise([*words[3:at], ""])), words
 
 
 def test_several_machines_and_accelerate_start_the_same_command():
