@@ -32,6 +32,7 @@ from nlu.arguments import positive_int
 from nlu.data.glue import required_files
 from nlu.errors import OneLineParser, UsageError, program, reason
 from nlu.experiments.experiment import Experiment, Run, load_experiment
+from nlu.experiments.fairness import planned_scales, unlike_scales
 from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
 from nlu.experiments.lines import read_lines, write_plan
 from nlu.experiments.sweep_loop import Ran, Sweep
@@ -80,6 +81,8 @@ def main(words: Sequence[str]) -> int:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
     check(experiment.runs)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
+    for warning in unlike_scales(planned_scales(experiment.runs)):
+        print(f"warning: {warning}", file=sys.stderr)
     launcher = _launcher(args, experiment)
     print(f"devices: {launcher}")
     if args.dry_run:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nlu.arguments import Arguments
+from nlu.experiments.experiment import Run
 from nlu.methods.registry import apply_without_weights, count_parameters, flag_methods
 from nlu.tasks import HEADINGS, TASKS
 
@@ -67,6 +68,14 @@ def unlike_scales(scales: Mapping[str, Mapping[str, float | None]]) -> list[str]
         return []
     named = "; ".join(f"{', '.join(tasks)}: {text}" for text, tasks in differing.items())
     return [f"α/r differs between rows, so equal learning rates are not equal steps ({named})."]
+
+
+def planned_scales(runs: Iterable[Run]) -> dict[str, dict[str, float | None]]:
+    """Task → row → α/r of the runs of an experiment; not of tuned rows, each of which has a rate of its own."""
+    scales: dict[str, dict[str, float | None]] = {}
+    for run in {(run.row, run.data): run for run in runs if not run.rates}.values():
+        scales.setdefault(run.data or "one task", {})[run.row] = scale_of(vars(run.parse()))
+    return scales
 
 
 def shape_of(arguments: Arguments, tuned: bool = False) -> Shape:

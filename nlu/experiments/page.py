@@ -70,7 +70,7 @@ def write_report(measured: Path, output: Path) -> None:
         plan, tuned = (read_plan(measured / f"{each}.jsonl") for each in (name, f"{name}_tuning"))
         if tuned["runs"]:  # an earlier grid may have left lines of other runs
             tuning = tuning[tuning.run.isin([run["run"] for run in tuned["runs"]])]
-        notes = [*unlike_scales(scales), *not_ended(every, plan["runs"])]
+        notes = [*([] if len(tuning) else unlike_scales(scales)), *not_ended(every, plan["runs"])]
         per_task = plan["one_rate_for"] == "row_and_task"
         part = section(every, tuning, styles, references(every), notes, f"figures/{name}_", per_task)
         parts += [f"## {markdown_text(name)}\n", part.text]

@@ -7,6 +7,8 @@ import pytest
 
 from nlu import report
 from nlu.experiments.comparison import advice, answer
+from nlu.experiments.experiment import make_experiment
+from nlu.experiments.fairness import planned_scales, unlike_scales
 from nlu.experiments.figures import Drawing, draw, styles_of
 from nlu.experiments.page import write_comparison
 from nlu.experiments.statistics import as_frame, references
@@ -158,6 +160,14 @@ def test_rows_that_differ_in_their_scale_are_named(make):
     ]
     assert "(RTE: LoRA r=8 4, AdaLoRA 2.67, LoRA² k=8 8)." in make(lines)[1]
     assert "α/r differs" not in make(lines[:1])[1]
+    grid = {"method": ["lora", "lora_r1", "full"], "task_name": ["rte"], "seed": [1]}
+    base = {"model_name_or_path": "encoder", "learning_rate": 1e-3}
+    planned = planned_scales(make_experiment("own", grid, base=base).runs)  # what a sweep warns of
+    assert planned == {"rte": {"lora": 2, "lora_r1": 16, "full": None}}
+    assert unlike_scales(planned)[0].endswith("(RTE: lora 2, lora_r1 16).")
+    base = {"model_name_or_path": "encoder"}
+    tune = {"learning_rate": [1e-3, 2e-3]}  # each row has a rate of its own
+    assert unlike_scales(planned_scales(make_experiment("own", grid, base=base, tune=tune).runs)) == []
 
 
 def test_answer_names_the_better_method_and_difference_or_the_seeds_needed():
