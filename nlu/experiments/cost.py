@@ -47,8 +47,9 @@ def _rates(runs: list[Run]) -> Iterator[str]:
         if run.rates:
             yield f"tuned: one of {', '.join(map('{:g}'.format, run.rates))}"
         else:
-            source = "the experiment" if "learning_rate" in run.arguments else "the method's file, or published"
-            yield f"{run.parse().learning_rate:g} ({source})"
+            values = run.parse()
+            source = values.sources["learning_rate"].replace("the command", "the experiment")
+            yield f"{values.learning_rate:g} ({source})"
 
 
 def steps_and_rows(arguments: Any, processes: int) -> tuple[float, float]:

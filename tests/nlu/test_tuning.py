@@ -103,7 +103,7 @@ def test_a_dry_run_shows_states_and_what_the_experiment_costs(run_sweep, tmp_pat
         ["row", "runs", "steps", "rows", "learning rate"],
         ["lora", "4", f"{2 * 8 + 2 * 20}", "1,792", "tuned: one of 0.0005, 0.001"],
         ["lora2", "4", "56", "1,792", "tuned: one of 0.0005, 0.001"],
-        ["full", "2", "40", "1,280", "2e-05 (the method's file, or published)"],
+        ["full", "2", "40", "1,280", "2e-05 (configs/methods/full.yaml)"],
         ["in total", "10", "152", "4,864"],
     ]
     assert not (tmp_path / "output").exists() and not (tmp_path / "measured").exists()
@@ -157,7 +157,8 @@ def test_one_rate_for_a_row_follows_from_the_lines_by_hand(run_sweep, tmp_path):
     ("tune", "message"),
     [
         ({"learning_rate": [1e-3], "one_rate_for": "task"}, "one_rate_for must be row or row_and_task"),
-        ({"learning_rate": {"lora": [1e-3]}}, "must name one label of lora2, cola, 1"),
+        ({"learning_rate": {"lora": [1e-3]}}, "no learning rate is known for lora2"),  # it is not tuned then
+        ({"learning_rate": {"lora": [1e-3], "cola": [2e-3]}}, "must name one label of lora, cola, 1"),
         ({"learning_rate": {"sora": [1e-3]}}, "names sora, which the grid does not have"),
         ({"learning_rate": [1e-3, "high"]}, "must hold lists of positive numbers"),
         ({"learning_rate": [1e-3], "when": {"method": "sora"}}, "a rule names method sora"),
