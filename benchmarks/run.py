@@ -8,7 +8,7 @@ sizes, so nothing is downloaded. The table is printed, and written with machine 
 line of records.jsonl and a section of README.md.
 
     python benchmarks/run.py                                    # every shape of LoRA² against LoRA and peft's LoRA
-    python benchmarks/run.py --layers 2 --rounds 3              # under 3 minutes on 2 cores
+    python benchmarks/run.py --encoders deberta:2 --rounds 3    # under 3 minutes on 2 cores
     python benchmarks/run.py --experiment configs/experiments/which_method.yaml --name which_method
 """
 
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from benchmarks import rows
 from benchmarks.report import Measurement, section
-from benchmarks.rows import ENCODERS, Row, Shape
+from benchmarks.rows import ENCODERS, Row, Shape, Sizes
 from loralib.files import write_text
 from nlu.errors import OneLineParser, UsageError, program, reason
 from nlu.experiments.launchers import available_cores
@@ -57,8 +57,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     add("--rows", default=ROWS, help=f"rows to measure, comma-separated ({ROWS})")
     add("--experiment", type=Path, help="measure the rows of this experiment file in place of --rows")
     add("--reference", help="the row that ratios are to (lora, or LoRA r=8 of an experiment)")
-    add("--encoders", type=_among(ENCODERS), default=["deberta"], help="shapes: deberta, minilm or both (deberta)")
-    add("--layers", type=_numbers, default=[None], help="encoder layers, such as 3,12 (the encoder's own)")
+    add("--encoders", type=_encoders, default=_encoders("deberta"),
+        help="shapes, each with a number of layers if not its own, such as minilm,deberta:3 (deberta)")  # fmt: skip
     add("--batch", type=int, default=32, help="sequences per step (32)")
     add("--lengths", type=_numbers, default=[64], help="tokens per sequence, such as 64,128 (64)")
     add("--precisions", type=_among(PRECISIONS), default=list(PRECISIONS), help="float32, bfloat16 or both (both)")
@@ -87,6 +87,17 @@ def _among(known: Collection[str]) -> Callable[[str], list[str]]:
     return names
 
 
+def _encoders(text: str) -> dict[str, Sizes]:
+    """NAME[:LAYERS],… → the name for the table → the sizes."""
+    found = {}
+    for each in text.split(","):
+        name, _, layers = each.partition(":")
+        sizes = ENCODERS[_among(ENCODERS)(name)[0]]
+        sizes = replace(sizes, layers=int(layers)) if layers else sizes
+        found[f"{name}, {sizes.layers} layers"] = sizes
+    return found
+
+
 def _numbers(text: str) -> list[int]:
     return [int(each) for each in text.split(",")]
 
@@ -95,13 +106,10 @@ def plan(arguments: argparse.Namespace) -> dict[str, Shape]:
     """Name → shape of each setting to measure."""
     settings = {}
     for precision in arguments.precisions:
-        for encoder in arguments.encoders:
-            for layers in arguments.layers:
-                for length in arguments.lengths:
-                    sizes = ENCODERS[encoder]
-                    sizes = replace(sizes, layers=layers or sizes.layers)
-                    name = f"{precision}, {encoder}, {sizes.layers} layers, batch {arguments.batch}, length {length}"
-                    settings[name] = Shape(precision, sizes, arguments.batch, length, arguments.device)
+        for encoder, sizes in arguments.encoders.items():
+            for length in arguments.lengths:
+                name = f"{precision}, {encoder}, batch {arguments.batch}, length {length}"
+                settings[name] = Shape(precision, sizes, arguments.batch, length, arguments.device)
     return settings
 
 

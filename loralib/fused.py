@@ -29,12 +29,19 @@ _ONEDNN = _onednn_is_faster()
 _WORTHWHILE = 1 << 18  # multiplications; smaller products take microseconds either way
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias for matrices x (n, in) and weight (out, in), by the fastest library for this CPU."""
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`product` multiplies the two by oneDNN in place of torch's own choice."""
     # Autograd, the compiler and a trace need torch's own operations.
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     fits = _ONEDNN and not plain and x.dtype == torch.float32 and x.device.type == "cpu"
-    if fits and x.shape[0] * weight.numel() >= _WORTHWHILE:  # last: a trace would record a comparison of sizes
+    # With a weight that is a part of a wider matrix oneDNN takes hundreds of times as long.
+    fits = fits and (weight.is_contiguous() or weight.T.is_contiguous())
+    return fits and x.shape[0] * weight.numel() >= _WORTHWHILE  # last: a trace would record a comparison of sizes
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weightᵀ + bias for matrices x (n, in) and weight (out, in), by the fastest library for this CPU."""
+    if uses_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 

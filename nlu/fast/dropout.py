@@ -28,38 +28,37 @@ def _random_int16(count: int) -> torch.Tensor:
     return torch.from_numpy(words).view(torch.int16)[:count]
 
 
-def drop_mask(like: torch.Tensor, p: float, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A fresh mask of `like`'s shape that is 1 with probability `p` (dropped) and 0 otherwise.
+def drop_mask(like: torch.Tensor, p: float) -> torch.Tensor:
+    """A fresh mask of `like`'s shape and dtype that is 1 with probability `p` (dropped) and 0 otherwise.
 
-    `dtype` (default: that of `like`) is the mask's type. The mask comes from `bernoulli_` if `like` is not on the
-    CPU, the code is compiled, or `p` is nearer to 0 or 1 than 2⁻¹⁷.
+    It comes from `bernoulli_` if `like` is not on the CPU, the code is compiled, or `p` is nearer to 0 or 1 than 2⁻¹⁷.
     """
-    mask = torch.empty(like.shape, dtype=dtype or like.dtype, device=like.device)
-    if not _covers(like, p):
-        return mask.bernoulli_(p)
-    threshold = round(p * _LEVELS) - _LEVELS // 2
-    torch.lt(_random_int16(mask.numel()).view(mask.shape), threshold, out=mask)
-    return mask
+    mask = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return torch.lt(*_draws(like, p), out=mask) if _covers(like, p) else mask.bernoulli_(p)
+
+
+def _draws(like: torch.Tensor, p: float) -> tuple[torch.Tensor, int]:
+    """Random int16 numbers in `like`'s shape, and the threshold below which lies a share `p` of them."""
+    return _random_int16(like.numel()).view(like.shape), round(p * _LEVELS) - _LEVELS // 2
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, p: float) -> torch.Tensor:
-        dropped = drop_mask(x, p, dtype=torch.int8)
-        ctx.save_for_backward(dropped)
+        kept = torch.ge(*_draws(x, p), out=torch.empty(x.shape, dtype=torch.int8))
+        ctx.save_for_backward(kept)
         ctx.scale = 1 / (1 - p)
-        return _apply(x, dropped, ctx.scale)
+        return _apply(x, kept, ctx.scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        (dropped,) = ctx.saved_tensors
-        return _apply(grad, dropped, ctx.scale), None
+        (kept,) = ctx.saved_tensors
+        return _apply(grad, kept, ctx.scale), None
 
 
-def _apply(x: torch.Tensor, dropped: torch.Tensor, scale: float) -> torch.Tensor:
-    kept = dropped.to(x.dtype).mul_(-scale).add_(scale)
-    return kept.mul_(x)
+def _apply(x: torch.Tensor, kept: torch.Tensor, scale: float) -> torch.Tensor:
+    return kept.to(x.dtype).mul_(scale).mul_(x)
 
 
 class FastDropout(nn.Dropout):

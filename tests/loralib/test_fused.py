@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import loralib
+from loralib import fused
 from loralib.fused import adapted_linear, product
 from tests.loralib.small import randomise, trainable
 
@@ -30,6 +31,14 @@ def test_float32_products_agree_with_float64(shape):
         for left, right, offset in ((x, weight, bias), (x, weight, None), (x.T, torch.randn(n, m).T, None)):
             expected = left.double() @ right.double().T + (0 if offset is None else offset.double())
             torch.testing.assert_close(product(left, right, offset).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weight_that_is_a_part_of_a_wider_matrix_is_not_given_to_onednn(monkeypatch):
+    monkeypatch.setattr(fused, "_ONEDNN", True)
+    x, weight = torch.randn(300, 100), torch.randn(200, 150)
+    with torch.no_grad():
+        parts = (weight[:, :100], torch.randn(150, 200)[:100].T, weight[:, :100].contiguous())
+        assert [fused.uses_onednn(x, part) for part in parts] == [False, True, True]
 
 
 def gradients(layer, run):
