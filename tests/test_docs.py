@@ -12,6 +12,7 @@ import pytest
 import loralib
 from loralib.interop import export
 from nlu import ROOT, command_line, compare, predict, report, sweep
+from nlu.experiments.experiment import load_experiment
 from nlu.experiments.statistics import load_measured
 from nlu.experiments.tables import number, with_interval
 from results.study import make
@@ -68,7 +69,10 @@ def test_commands_name_existing_programs_flags_and_files(page):
             for run in compare.plan(own, compare.flag_values(flags)).runs:
                 run.parse()
         elif program in PARSERS and rest:
-            PARSERS[program]().parse_args(rest)
+            own = PARSERS[program]().parse_args(rest)
+            if getattr(own, "only", None):
+                names = [run.name for run in load_experiment(ROOT / own.experiment).runs]
+                assert 0 < len([name for name in names if re.search(own.only, name)]) < len(names), words
         for word in words:
             assert not re.match(r"(configs|scripts|nlu|benchmarks)/", word) or (ROOT / word).exists(), word
 
