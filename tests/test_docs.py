@@ -21,7 +21,10 @@ from results.study.runs import scored_on_test
 from results.study.tables import score_table
 from scripts import draw_terminal
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/study/PROTOCOL.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 PARSERS = {
     "nlu.run_glue": command_line.build_parser,
     "nlu/run_glue.py": command_line.build_parser,
