@@ -30,6 +30,8 @@ def check_and_complete(args: Any, given: Collection[str], chosen: Collection[str
         raise UsageError("--model_name_or_path is missing: give the encoder's folder, or its name on the hub")
     _check_method(args, given)
     args.glue_dir = args.glue_dir or os.environ.get("GLUE_DIR")
+    if "eval_steps" in given and "eval_strategy" not in chosen:
+        args.eval_strategy = "steps"
     args.do_eval = args.do_eval or args.eval_strategy != "no"
     args.do_predict = args.do_predict or args.predict_task is not None
     if not (args.do_train or args.do_eval or args.do_predict):

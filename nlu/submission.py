@@ -17,18 +17,30 @@ import pandas as pd
 
 from loralib.files import open_new
 from nlu.errors import OneLineParser, UsageError, program
-from nlu.tasks import TASKS
+from nlu.tasks import TASKS, Task
 
 _SERVER = {name: rows for task in TASKS.values() for name, rows in task.submission_files}
+_TASKS = {name: task for task in TASKS.values() for name, _ in task.submission_files}
+
+
+def _wrong_value(task: Task, predictions: pd.Series) -> str | None:
+    """The first prediction that is not a label of the task, as the server writes them; None if all are."""
+    if task.value_range:
+        right = pd.to_numeric(predictions, errors="coerce").between(*task.value_range)
+    else:
+        right = predictions.isin(map(str, range(task.num_labels)) if task.server_numbers else task.labels)
+    return None if right.all() else str(predictions[~right].iloc[0])
 
 
 def find_predictions(folders: Sequence[str | Path]) -> dict[str, Path]:
     """The server's file name -> that file in one of the folders or in its subfolder `predictions`.
 
     Raises:
-        UsageError: if a file is missing or there twice, or if it does not have a prediction for each row of the
-            official test set, by index from 0.
+        UsageError: if a folder or file is missing, a file is there twice, or does not have a label of the task for each
+            row of the official test set, by index from 0.
     """
+    if absent := next((folder for folder in folders if not Path(folder).is_dir()), None):
+        raise UsageError(f"there is no folder {absent}")
     found: dict[str, Path] = {}
     for name, rows in _SERVER.items():
         places = [Path(folder, part, name) for folder in folders for part in ("", "predictions")]
@@ -36,11 +48,13 @@ def find_predictions(folders: Sequence[str | Path]) -> dict[str, Path]:
             if not found.setdefault(name, path).samefile(path):
                 raise UsageError(f"{name} is there twice, {found[name]} and {path}: leave out or delete one of them")
             try:
-                table = pd.read_csv(path, sep="\t").reindex(columns=["index", "prediction"])
+                table = pd.read_csv(path, sep="\t", dtype={"prediction": str}).reindex(columns=["index", "prediction"])
             except ValueError:  # empty, or not UTF-8
                 table = pd.DataFrame(columns=["index", "prediction"])
             if table["index"].tolist() != list(range(rows)) or table.prediction.isna().any():
                 raise UsageError(f"{path} does not have the test set's {rows} rows, each predicted: predict them")
+            if wrong := _wrong_value(_TASKS[name], table.prediction):
+                raise UsageError(f"{path}: {wrong!r} is no label of {_TASKS[name].display}: predict the rows again")
     if missing := [name for name in _SERVER if name not in found]:
         raise UsageError(f"missing: {', '.join(missing)}: name the folders of their runs (with --do_predict) too")
     return found

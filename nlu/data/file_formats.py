@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,7 +21,7 @@ from nlu.errors import UsageError, reason
 logger = logging.getLogger("nlu")
 
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")  # a .json file is read as JSON lines
-csv.field_size_limit(1 << 20)  # characters of a CSV field; it limits the damage of a quote that is never closed
+_LONGEST_FIELD = 1 << 20  # characters of a CSV field: so far is a quote's end looked for
 _ROWS_AT_ONCE = 1024  # few, because a long text that many rows share is small in a Parquet file, but not in memory
 _ROWS_SKIPPED = 10  # bad rows that are always allowed; in a long file, a tenth of the rows is
 
@@ -176,7 +177,7 @@ class Reader:
             raise self.error(1, f"two columns are called {twice!r}")
         if len(names) == 1 and (mark := next((mark for mark in ";|\t," if mark in names[0]), None)):
             raise self.error(1, f"{mark!r} does not separate columns here: use commas (.csv) or tabs (.tsv)")
-        self.columns = names
+        self.columns = [name or f"column {number}" for number, name in enumerate(names, 1)]
 
     def _json(self, text: io.TextIOWrapper) -> _Found:
         """One object per line."""
@@ -209,17 +210,35 @@ class Reader:
 
 
 def _csv_fields(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str] | str]]:
-    reader = csv.reader(text, strict=True)
+    """The last line of each row and its fields. Of a row that is not CSV only the first line is lost: reading goes on
+    with the second, because a stray quote would take all rows to the next one, or to the end of the file."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    again: deque[str] = deque()
+    row: list[str] = []  # the lines of the present row
+    place = 0
+
+    def lines() -> Iterator[str]:
+        while (line := again.popleft() if again else next(text, None)) is not None:
+            row.append(line)
+            yield line
+
+    reader = csv.reader(lines(), strict=True)
     while True:
+        row.clear()
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            yield reader.line_num, f"not valid CSV ({error})"
+            place += 1
+            unclosed = len(row) > 1 or "unexpected end" in str(error)
+            again.extendleft(reversed(row[1:]))
+            reader = csv.reader(lines(), strict=True)
+            yield place, f"a quote opened in line {place} is not closed" if unclosed else f"not valid CSV ({error})"
             continue
+        place += len(row)
         if fields is None:
             return
         if fields:
-            yield reader.line_num, fields
+            yield place, fields
 
 
 def _tsv_fields(text: io.TextIOWrapper) -> Iterator[tuple[int, list[str]]]:

@@ -12,7 +12,7 @@ from nlu.tasks import Task
 HUB_DATASET, _HUB_COMMIT = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _FIVE = "[0-9]" * 5
-_HIDDEN = (-1, "-1", "-1.0")  # the labels of test sets that hide them
+_HIDDEN = (-1, "-1", "-1.0", "", None)  # the labels of test sets that hide them
 _FLOAT32_MAX = 3.4028234e38
 
 
@@ -56,7 +56,9 @@ def load_split(
 
 def as_number(value: object) -> float | None:
     """A value of a data file, such as a text from CSV, as a number; None if it is not a finite float32."""
-    if type(value) not in (int, float, str, Decimal) or (type(value) is str and "_" in value):  # Python reads 1_0 as 10
+    if type(value) not in (int, float, str, Decimal):
+        return None
+    if type(value) is str and ("_" in value or not value.isascii()):  # Python reads 1_0 as 10, and any script's digits
         return None
     try:
         number = float(value)

@@ -110,6 +110,7 @@ def test_load_best_model_at_end_saves_a_checkpoint_at_every_evaluation():
     assert (training.save_strategy, training.save_steps) == ("steps", 2)
     assert parse(f"{BASE} --eval_strategy epoch --load_best_model_at_end").save_strategy == "epoch"
     assert parse(f"{BASE} --eval_strategy steps --logging_steps 3").eval_steps == 3
+    assert parse(f"{BASE} --eval_steps 7").eval_strategy == "steps" and parse(f"{BASE} --eval_steps 7").do_eval
 
 
 # If accepted, each of these would silently give a wrong number or a run other than the one asked for.

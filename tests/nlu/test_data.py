@@ -85,12 +85,29 @@ def test_the_first_fault_is_named_with_its_place(kind, content, message):
         read(kind, content, ["a"])
 
 
-def test_damaged_csv_rows_do_not_affect_later_rows():
-    """A quote that never closes ends at csv's field size limit."""
-    text = 'a,b\nx,1\nonly\n"bad"quote,b\n\n"y,' + ("y" * 999 + "\n") * 1052 + "last,2\n"
+@pytest.mark.parametrize("later", ["", '"quoted, text",1\n'])
+def test_a_quote_that_is_not_closed_loses_its_own_line_only(later):
+    """Whether the file has no further quote, or the next one would close it."""
+    rows = [f"x{i},{i}\n" for i in range(900)]
+    text = "a,b\n" + "".join([*rows[:7], '"x7,7\n', *rows[8:]]) + later
     reader = reader_of("csv", text)
     found = [row.values["b"] for row in reader.good_rows(["a"], on_error="skip")]
-    assert found == ["1", "2"] and reader.skipped >= 3
+    assert reader.skipped == 1 and found == [str(i) for i in range(900) if i != 7] + ["1"] * bool(later)
+    with pytest.raises(UsageError, match="name, line 9: a quote opened in line 9 is not closed"):
+        read("csv", text)
+
+
+def test_damaged_csv_rows_do_not_affect_later_rows():
+    reader = reader_of("csv", 'a,b\nx,1\nonly\n"bad"quote,b\n\n"two\nlines",2\n"y,\nlast,3\n')
+    assert [(row.place, row.values["b"]) for row in reader.good_rows(["a"], on_error="skip")] == [
+        (2, "1"), (7, "2"), (9, "3"),
+    ]  # fmt: skip
+    assert reader.skipped == 3
+
+
+def test_columns_without_a_name_are_numbered():
+    (row,) = reader_of("csv", "text,,\na,b,c\n").good_rows(["text"])
+    assert row.values == {"text": "a", "column 2": "b", "column 3": "c"}
 
 
 def test_ten_bad_rows_or_a_tenth_may_be_skipped_and_are_named(caplog):
@@ -252,7 +269,8 @@ def test_real_files_have_the_published_rows_and_labels(name):
 
 
 @pytest.mark.parametrize(("task", "file", "labels", "line"), [
-    ("cola", "train.jsonl", [2, -1, True, "7"], 2), ("stsb", "train.csv", ["5.1", "-1", "nan", "inf", "1_0", "x"], 7),
+    ("cola", "train.jsonl", [2, -1, True, "7"], 2),
+    ("stsb", "train.csv", ["5.1", "-1", "nan", "inf", "1_0", "１", "x"], 7),
 ])  # fmt: skip
 def test_invalid_labels_are_refused_with_their_line(tmp_path, task, file, labels, line):
     for label in labels:
@@ -260,6 +278,13 @@ def test_invalid_labels_are_refused_with_their_line(tmp_path, task, file, labels
         write_rows(tmp_path / task / file, [row | {"label": 1}, row | {"label": label}])
         with pytest.raises(UsageError, match=rf"{file}, line {line}: label '?{label}"):
             load_split(TASKS[task], "train", tmp_path)
+
+
+@pytest.mark.parametrize("hidden", ["null", "-1", '""'])
+def test_a_test_file_may_hide_its_labels_in_each_form(tmp_path, hidden):
+    (tmp_path / "rte").mkdir()
+    (tmp_path / "rte/test.jsonl").write_text('{"sentence1": "a", "sentence2": "b", "label": ' + hidden + "}\n")
+    assert load_split(TASKS["rte"], "test", tmp_path)["label"] == [-1]
 
 
 def test_the_hub_gives_the_same_columns(monkeypatch):

@@ -47,6 +47,7 @@ def test_word_classes_in_three_formats(tmp_path):
         (f"{10**19},{10**19 + 1}", (str(10**19), str(10**19 + 1))),
         ("7,12,other", ("12", "7", "other")),  # most are numbers, and all of these are whole
         ("0.5,other", ("0.5", "other")),  # only half are numbers
+        ("１,２", ("１", "２")),  # digits of another script are words
     ],
 )
 def test_names_of_classes_that_look_like_numbers(tmp_path, values, names):

@@ -98,6 +98,19 @@ def test_a_file_without_a_prediction_for_each_row_of_the_test_set_is_refused(tmp
         find_predictions([tmp_path])
 
 
+@pytest.mark.parametrize("name, value", [("WNLI.tsv", "entailment"), ("AX.tsv", "1"), ("STS-B.tsv", "5.5")])
+def test_a_prediction_that_is_no_label_and_a_folder_that_does_not_exist_are_refused(runs, tmp_path, name, value):
+    copy = shutil.copytree(runs[0].parent, tmp_path / "all")
+    folders = [copy / run.name for run in runs]
+    (path,) = (tmp_path / "all").glob(f"*/predictions/{name}")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], f"{len(lines) - 2}\t{value}"]))
+    with pytest.raises(UsageError, match=f"{name}: '{value}' is no label of"):
+        find_predictions(folders)
+    with pytest.raises(UsageError, match="there is no folder"):
+        find_predictions([*folders, tmp_path / "absent"])
+
+
 # ---- what a run predicts -------------------------------------------------------------------------------------------
 
 
