@@ -1,11 +1,11 @@
 """Time nlu/predict.py against transformers' own pipeline with the merged model: whole processes, the same rows.
 
-    python nlu/run_glue.py --model_name_or_path demo/minilm --task_name qnli --glue_dir DIR --do_train --method lora2 \\
-        --max_train_samples 4000 --max_steps 100 --root_output_dir /tmp/qnli
+    python nlu/run_glue.py --model_name_or_path demo/minilm --task_name qnli --glue_dir DIR --do_train \\
+        --method lora2 --learning_rate 3.2e-3 --max_train_samples 4000 --max_steps 100 --root_output_dir /tmp/qnli
     python benchmarks/predict.py --adapter /tmp/qnli --base demo/minilm --input DIR/qnli/validation.jsonl
 
-The two take turns; the labels must be equal. What is printed is also
-written to benchmarks/results/, as benchmarks/run.py does.
+The two take turns; the labels must be equal. What is printed is also written to benchmarks/results/, as
+benchmarks/run.py does.
 """
 
 from __future__ import annotations
