@@ -22,8 +22,8 @@ tune:                                   # optional: first choose learning rates 
   seeds: [101]
   extend: 0                                         # rates to add to a row while its best one is an end of those tried
 
-Axes that set task_name or train_file are the tasks, and all others but the seed make the rows of the tables. Runs train
-and evaluate unless `base` says otherwise. The values above for the last five keys of `tune` are the defaults.
+Axes that set task_name or train_file are the tasks, and all others but the seed make the rows of the tables. Runs
+evaluate, and train unless `base` says otherwise. The values above for the last five keys of `tune` are the defaults.
 """
 
 from __future__ import annotations
@@ -229,6 +229,8 @@ def _check(runs: list[Run], flags: list[str]) -> None:
         for name in ("method", "seed"):
             if run.arguments.get(name) is None:
                 raise UsageError(f"no {name} is given: add it to the experiment, or --set {name}=VALUE")
+        if not run.arguments["do_eval"]:
+            raise UsageError(f"{run.name}: without do_eval a run has no score: leave it out")
         for flag in flags:
             if run.arguments.get(flag) != run.axes[flag]:
                 raise UsageError(f"{run.name}: {flag} is an axis of the grid; do not set it elsewhere too")

@@ -66,11 +66,13 @@ def write_report(measured: Path, output: Path) -> None:
     parts, files, frames = [], {}, {"scores": [], "training": []}
     for name, every in runs.items():
         tuning = tunings.get(name, every[:0])
-        scales = {task: own.groupby("label", sort=False).scale.first().dropna() for task, own in every.groupby("task")}
         plan, tuned = (read_plan(measured / f"{each}.jsonl") for each in (name, f"{name}_tuning"))
         if tuned["runs"]:  # an earlier grid may have left lines of other runs
             tuning = tuning[tuning.run.isin([run["run"] for run in tuned["runs"]])]
-        notes = [*([] if len(tuning) else unlike_scales(scales)), *not_ended(every, plan["runs"])]
+        tuned_rows = tuning_runs(tuning).row  # each has a rate of its own
+        scaled = every[every.scale.notna() & ~every.label.isin(tuned_rows)]
+        scales = {task: own.groupby("label", sort=False).scale.first() for task, own in scaled.groupby("task")}
+        notes = [*unlike_scales(scales), *not_ended(every, plan["runs"])]
         per_task = plan["one_rate_for"] == "row_and_task"
         part = section(every, tuning, styles, references(every), notes, f"figures/{name}_", per_task)
         parts += [f"## {markdown_text(name)}\n", part.text]

@@ -132,7 +132,8 @@ def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> tuple[pd.DataFra
         printed.append(row.get("avg_printed", np.nan) if task == ALL and columns <= {*tasks} else np.nan)
     if np.isnan(published).all():
         return frame, []
-    sentences = [f"Published: {table['source']}; {table['protocol']}. {table.get('note', '')}" for table in tables]
+    shown = [table for table in tables if any(row in table["rows"] for row in of_label.values())]
+    sentences = [f"Published: {table['source']}; {table['protocol']}. {table.get('note', '')}" for table in shown]
     sentences.append(
         "The published average is that of the columns here; the papers average QQP's accuracy with its F1, and MNLI's "
         "two sets."

@@ -80,6 +80,7 @@ def test_faulty_settings_are_refused(tmp_path):
         ({"overrides": [{"when": {"method": "lora"}, "set": {"seed": 3}}]}, "seed is an axis of the grid; do not set"),
         ({"overrides": [{"when": {"method": "lora"}, "set": ["ab"]}]}, "the format is explained"),
         ({"exclude": [{"seed": [1, 2]}]}, "no run is left"),
+        ({"base": BASIC["base"] | {"do_eval": False}}, "without do_eval a run has no score: leave it out"),
         ({"grid": {**BASIC["grid"], **TWO}}, "which another axis sets"),
         ({"grid": {**BASIC["grid"], "orth_terms": ["uv", "UV"]}}, "share the folder"),
     ],

@@ -88,6 +88,7 @@ def test_papers_table_has_last_best_and_published_scores_of_each_task(make):
         for seed in (1, 2)
     ]
     page = make(lines)[1]
+    assert "Published: AdaLoRA" not in page
     part = page[page.index("### QQP") : page.index("### STS-B")]
     assert re.search(
         r"\| method +\| +last evaluation \| +best evaluation \| +published \| +seeds \| +minus LoRA r=8", part
@@ -101,6 +102,9 @@ def test_papers_table_has_last_best_and_published_scores_of_each_task(make):
         line(label, "rte", 1, [0.5], **{name: lines[-1][name] for name in ("model", "arguments")}) for label in "ab"
     ]
     assert "published" not in make(same)[1]  # neither is the paper's row
+    small = {"model": "deberta-v3-base", "arguments": {"method_config": "hadapter_m8"}}
+    page = make([line("Houlsby", "rte", 1, [0.5], **small)])[1]
+    assert re.search(r"\| Houlsby +\| +50\.0 \| +50\.00 \| +83\.39 \|", page) and "Published: LoRA" not in page
 
 
 def tuned(rates, **changes):
@@ -160,6 +164,7 @@ def test_rows_that_differ_in_their_scale_are_named(make):
     ]
     assert "(RTE: LoRA r=8 4, AdaLoRA 2.67, LoRA² k=8 8)." in make(lines)[1]
     assert "α/r differs" not in make(lines[:1])[1]
+    assert "(RTE: AdaLoRA 2.67, LoRA² k=8 8)." in make(lines, trial_tuning=tuned({1e-3: 0.5, 2e-3: 0.6}))[1]
     grid = {"method": ["lora", "lora_r1", "full"], "task_name": ["rte"], "seed": [1]}
     base = {"model_name_or_path": "encoder", "learning_rate": 1e-3}
     planned = planned_scales(make_experiment("own", grid, base=base).runs)  # what a sweep warns of
