@@ -189,6 +189,7 @@ def resolved(args: Arguments) -> list[tuple[str, str, str]]:
     a low-rank method, the scale α/r and the learning rate × α/r, which methods are compared at.
     """
     read = {flag.name for flag in METHODS[args.method].flags}
+    args = fit_schedule(args, max(0, args.max_steps))  # the steps of epochs are known only with the data
     rows = []
     for name in DEFAULTS:
         value, source = getattr(args, name), args.sources[name]

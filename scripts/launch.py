@@ -7,12 +7,16 @@ import logging
 import runpy
 import sys
 
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main(module: str, *words: str) -> int:
-    """Run the launcher's module; returns 128 + a signal's number, or the exit code of the process that failed first."""
+    """Run the launcher's module; returns 128 + a signal's number, or the exit code of the process that failed first.
+
+    2 if the processes cannot meet.
+    """
     sys.argv = [module, *words]
     logging.disable(logging.ERROR)  # the launcher's account of a failure; its processes are not affected
     try:
@@ -22,6 +26,9 @@ def main(module: str, *words: str) -> int:
     except ChildFailedError as failed:
         code = failed.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code  # negative: killed by a signal
+    except DistNetworkError as error:  # a port in use, or another machine that does not answer
+        print(f"error: {str(error).splitlines()[0]}: check MASTER_ADDR and MASTER_PORT", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 
@@ -188,6 +189,14 @@ def test_runs_on_one_machine_get_free_ports_unless_one_is_named():
     assert launched(**fsdp, MASTER_PORT="1234")[1]["--main_process_port"] == "1234"
 
 
+def test_a_port_in_use_is_told_in_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        words = f"--master_addr 127.0.0.1 --master_port {held.getsockname()[1]} none.py".split()
+        command = [sys.executable, ROOT / "scripts/launch.py", "torch.distributed.run", *words]
+        ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and "address already in use" in ended.stderr and ended.stderr.count("\n") == 1
+
+
 def test_DRY_RUN_shows_each_value_with_its_source():
     lines = shown_by("run_debertav3_qnli.sh", "--max_steps", "9", METHOD="adalora", NPROC="4").splitlines()[1:]
     found = {name: (value, source) for name, value, source in (re.split(r"  +", line.strip()) for line in lines)}
@@ -195,6 +204,7 @@ def test_DRY_RUN_shows_each_value_with_its_source():
     assert found["lora_r"] == ("2", "configs/tasks/every_task.yaml, adalora")
     assert found["num_train_epochs"] == ("5.0", "configs/tasks/qnli.yaml, all methods")
     assert (found["max_steps"][1], found["lr_scheduler_type"][1]) == ("the command", "default")
+    assert (found["warmup_steps"][0], found["init_warmup"][0], found["mask_interval"][0]) == ("0", "1", "1")  # shrunk
     assert found["batch"] == ("32", "8 at once × 1 accumulated × 4 processes")
     assert found["α/r"][0] == "16" and found["learning_rate × α/r"][0] == "0.008"
     own = shown_by("run_debertav3_qnli.sh", "--learning_rate", "1e-3", METHOD="lora")
