@@ -28,6 +28,7 @@ class Task:
         text_fields: the one or two text columns, under the hub's names, in the order the encoder reads them.
         labels: the class words, by class number as on the hub; None for a regression task.
         metrics: every metric reported, the main one first. All are fractions, higher is better.
+        train_rows: size of the official training set.
         train_splits, validation_splits, test_splits: the splits' names, as on the hub.
         second_rows: size of the official second validation set (MNLI's mismatched one); any other size is not scored.
         value_range: the lowest and highest label of a regression task, or None for no bounds.
@@ -46,6 +47,7 @@ class Task:
     text_fields: tuple[str, ...]
     labels: tuple[str, ...] | None
     metrics: tuple[str, ...]
+    train_rows: int = 0
     train_splits: tuple[str, ...] = ("train",)
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
@@ -95,6 +97,7 @@ _ROWS = (
         ("sentence",),
         ("unacceptable", "acceptable"),
         ("matthews_correlation", "accuracy"),
+        train_rows=8551,
         official_header=("source", "label", "mark", "sentence"),
         submission_files=(("CoLA.tsv", 1063),),
         server_numbers=True,
@@ -105,6 +108,7 @@ _ROWS = (
         ("sentence",),
         ("negative", "positive"),
         ("accuracy",),
+        train_rows=67349,
         submission_files=(("SST-2.tsv", 1821),),
         server_numbers=True,
     ),
@@ -114,6 +118,7 @@ _ROWS = (
         _PAIR,
         ("not_equivalent", "equivalent"),
         ("accuracy", "f1"),
+        train_rows=3668,
         official_names=(("sentence1", "#1 String"), ("sentence2", "#2 String"), ("label", "Quality")),
         submission_files=(("MRPC.tsv", 1725),),
         server_numbers=True,
@@ -124,6 +129,7 @@ _ROWS = (
         ("question1", "question2"),
         ("not_duplicate", "duplicate"),
         ("accuracy", "f1"),
+        train_rows=363846,
         official_names=(("label", "is_duplicate"),),
         short_rows_skipped=True,
         submission_files=(("QQP.tsv", 390965),),
@@ -135,6 +141,7 @@ _ROWS = (
         _PAIR,
         None,
         ("pearson", "spearmanr"),
+        train_rows=5749,
         value_range=(0.0, 5.0),
         official_names=(("label", "score"),),
         submission_files=(("STS-B.tsv", 1379),),
@@ -145,20 +152,30 @@ _ROWS = (
         ("premise", "hypothesis"),
         _MNLI,
         ("accuracy",),
+        train_rows=392702,
         validation_splits=("validation_matched", "validation_mismatched"),
         test_splits=("test_matched", "test_mismatched"),
         second_rows=9832,
         official_names=(*_PREMISE, ("label", "gold_label")),
         submission_files=(("MNLI-m.tsv", 9796), ("MNLI-mm.tsv", 9847)),
     ),
-    Task("qnli", "QNLI", ("question", "sentence"), _ENTAILMENT, ("accuracy",), submission_files=(("QNLI.tsv", 5463),)),
-    Task("rte", "RTE", _PAIR, _ENTAILMENT, ("accuracy",), submission_files=(("RTE.tsv", 3000),)),
+    Task(
+        "qnli",
+        "QNLI",
+        ("question", "sentence"),
+        _ENTAILMENT,
+        ("accuracy",),
+        train_rows=104743,
+        submission_files=(("QNLI.tsv", 5463),),
+    ),
+    Task("rte", "RTE", _PAIR, _ENTAILMENT, ("accuracy",), train_rows=2490, submission_files=(("RTE.tsv", 3000),)),
     Task(
         "wnli",
         "WNLI",
         _PAIR,
         ("not_entailment", "entailment"),
         ("accuracy",),
+        train_rows=635,
         submission_files=(("WNLI.tsv", 146),),
         server_numbers=True,
     ),

@@ -15,15 +15,14 @@ from nlu.tasks import TASKS
 def cost_lines(tuning: list[Run], finals: list[Run], processes: int = 1) -> list[str]:
     """A table: for each row and in total the runs, their optimiser steps and training rows, and the learning rate.
 
-    Steps that follow from epochs are about right (a file's lines are counted as rows), and unknown for data on the hub.
-    Early stopping may save some.
+    Steps that follow from epochs are about right: a file's lines are counted as rows. Early stopping may save some.
 
     Args:
         tuning: the runs of the tuning, without those that may extend its grid. finals: those of the experiment.
         processes: those of one run.
     """
-    cells: dict[str, list[int | float]] = {}
-    known: dict[str, tuple[float, float]] = {}
+    cells: dict[str, list[int]] = {}
+    known: dict[str, tuple[int, int]] = {}
     for run in [*tuning, *finals]:
         key = str(run.arguments | {"seed": None, "learning_rate": None})
         if key not in known:
@@ -35,7 +34,7 @@ def cost_lines(tuning: list[Run], finals: list[Run], processes: int = 1) -> list
     width = max(map(len, cells))
     lines = [f"{'row':<{width}}  {'runs':>6}  {'steps':>9}  {'rows':>11}  learning rate"]
     for row, (runs, steps, rows) in cells.items():
-        texts = [f"{count:,.0f}" if math.isfinite(count) else "?" for count in (steps, rows)]
+        texts = f"{steps:,}", f"{rows:,}"
         rate = ", ".join(dict.fromkeys(_rates([final for final in finals if final.row == row])))
         lines.append(f"{row:<{width}}  {runs:>6,}  {texts[0]:>9}  {texts[1]:>11}  {rate}".rstrip())
     return lines
@@ -52,8 +51,8 @@ def _rates(runs: list[Run]) -> Iterator[str]:
             yield f"{values.learning_rate:g} ({source})"
 
 
-def steps_and_rows(arguments: Any, processes: int) -> tuple[float, float]:
-    """Optimiser steps of a run, and the training rows that it sees; NaN if they are unknown before it starts."""
+def steps_and_rows(arguments: Any, processes: int) -> tuple[int, int]:
+    """Optimiser steps of a run, and the training rows that it sees."""
     if not arguments.do_train:
         return 0, 0
     parts = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps, processes
@@ -61,12 +60,14 @@ def steps_and_rows(arguments: Any, processes: int) -> tuple[float, float]:
     if arguments.max_steps > 0:
         return arguments.max_steps, arguments.max_steps * batch
     task = TASKS.get(arguments.task_name)
-    files = [Path(arguments.train_file)] if task is None else []
-    if task and arguments.glue_dir:
-        files = [file for split in task.train_splits for file in split_files(task, split, arguments.glue_dir)]
-    if not files:
-        return math.nan, math.nan
-    rows = round(sum(map(rows_of, files)) * (1 - (arguments.holdout_fraction or 0)))
+    if task is None:
+        rows = rows_of(Path(arguments.train_file))
+    elif arguments.glue_dir:
+        splits = [split_files(task, split, arguments.glue_dir) for split in task.train_splits]
+        rows = sum(rows_of(file) for files in splits for file in files)
+    else:
+        rows = task.train_rows
+    rows = round(rows * (1 - (arguments.holdout_fraction or 0)))
     of_epoch = math.ceil(min(rows, arguments.max_train_samples or rows) / batch)
     steps = math.ceil(arguments.num_train_epochs * of_epoch)
     return steps, steps * batch

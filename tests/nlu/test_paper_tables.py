@@ -5,6 +5,7 @@ import re
 import pytest
 
 from nlu import ROOT
+from nlu.experiments.cost import steps_and_rows
 from nlu.experiments.experiment import load_experiment
 
 EXPERIMENTS = ROOT / "configs/experiments"
@@ -42,6 +43,11 @@ def test_the_tuned_table_has_the_rows_of_the_other_at_equal_scale_and_length():
             assert arguments.lora_alpha == 2 * arguments.lora_r, arguments.method_config
         epochs.setdefault(arguments.task_name, set()).add(arguments.num_train_epochs)
     assert all(len(lengths) == 1 for lengths in epochs.values())
+
+
+def test_a_final_run_costs_the_published_number_of_steps():
+    for arguments, _ in first_seed(TABLE):
+        assert steps_and_rows(arguments, 1) == (arguments.schedule_steps, 32 * arguments.schedule_steps)
 
 
 def test_the_examples_of_only_pick_what_they_say():
