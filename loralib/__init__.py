@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from loralib.allocator import RankAllocator
     from loralib.fingerprint import base_fingerprint
     from loralib.injection import inject, match_modules
-    from loralib.layers import GatedLinear, Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
+    from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SoRALinear, SVDLinear
     from loralib.merging import merge_adapter, merge_and_unload, unmerge_adapter
     from loralib.model import compact, lora_layers, lora_state_dict, mark_only_lora_as_trainable
     from loralib.orthogonality import compute_orth_regu
@@ -27,7 +27,6 @@ _CORE = (
 
 __all__ = [
     "AdapterConfig",
-    "GatedLinear",
     "Linear",
     "LoRA2Linear",
     "LoRALayer",
@@ -36,6 +35,7 @@ __all__ = [
     "MultiScaleLinear",
     "RankAllocator",
     "SVDLinear",
+    "SoRALinear",
     "base_fingerprint",
     "compact",
     "compute_orth_regu",

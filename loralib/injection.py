@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from loralib.checks import check_choice
-from loralib.layers import GatedLinear, Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SVDLinear
+from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SoRALinear, SVDLinear
 from loralib.model import factors_of, lora_layers
-from loralib.stored_weight import is_conv1d, is_dispatched
+from loralib.stored_weight import is_conv1d
 
-_PRESETS = (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear, GatedLinear)
-KINDS: dict[str, type[LoRALayer]] = {preset.kind: preset for preset in _PRESETS}
+KINDS: dict[str, type[LoRALayer]] = {
+    preset.kind: preset for preset in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear, SoRALinear)
+}
 
 # The six names of the published scripts. DeBERTa calls its projections query_proj etc.; BERT, RoBERTa, ELECTRA query.
 PUBLISHED_MODULES = {
@@ -36,8 +37,7 @@ NEVER_CALLED = (
 
 
 def is_linear(module: nn.Module) -> bool:
-    quantised = type(module).__name__ == "Linear4bit"  # of bitsandbytes; torchao keeps the layer an nn.Linear
-    return type(module) is nn.Linear or isinstance(module, LoRALayer) or is_conv1d(module) or quantised
+    return type(module) is nn.Linear or isinstance(module, LoRALayer) or is_conv1d(module)
 
 
 def module_type(name: str) -> str:
@@ -51,8 +51,8 @@ def match_modules(model: nn.Module, target_modules: str | Iterable[str]) -> list
     A pattern is one of the six published names (query, key, value, attention.output, intermediate, layer.output), a
     module name or its last dotted parts, a regular expression that matches a whole module name, or ``"all-linear"``:
     every linear layer of a transformers model but its head. ``"auto"``, given alone, means the six published names if
-    the model has all of them, else ``"all-linear"``. A linear layer is an ``nn.Linear`` itself, a ``Conv1D``, a
-    ``Linear4bit`` or a low-rank layer; other subclasses of ``nn.Linear`` may compute something else.
+    the model has all of them, else ``"all-linear"``. A linear layer is an ``nn.Linear`` itself, a ``Conv1D`` or a
+    low-rank layer; other subclasses of ``nn.Linear`` may compute something else.
 
     Raises:
         ValueError: for a pattern that selects no linear layer, is no valid regular expression, or selects only the
@@ -154,14 +154,12 @@ def inject(
 
 
 def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raises ValueError if accelerate has offloaded the linear layer, its forward method was replaced, or it has hooks,
-    which may compute its weight or output."""
-    if getattr(vars(module).get("_hf_hook"), "offload", False):  # the module itself has no values
-        raise ValueError(f"accelerate has offloaded {name}: load the model without offloading")
+    """Raises ValueError if a linear layer has hooks, which may compute its weight or output, or if its forward method
+    was replaced, as accelerate does for a ``device_map``."""
     own_forward = vars(module).get("forward")  # accelerate puts the class's there when it removes its hook
-    usual = own_forward is None or getattr(own_forward, "__func__", None) is type(module).forward
-    if not usual and not is_dispatched(module):
-        raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it first")
+    if own_forward is not None and getattr(own_forward, "__func__", None) is not type(module).forward:
+        raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it, or use LoRA² in "
+                         "peft (loralib.interop.peft_method)")  # fmt: skip
     hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
     if any(getattr(hook, "__module__", None) != _CASTS for hook in hooks):
         raise ValueError(f"{name} has a hook (pruning, weight_norm), which would be lost: remove it")

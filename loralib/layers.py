@@ -6,7 +6,6 @@ weight keeps its name in a state dict. Its subclasses are presets.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -16,18 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loralib.fused import autocast_dtype
-from loralib.stored_weight import frozen_shape, is_dispatched, is_transposed, stored_form
+from loralib.stored_weight import frozen_shape, is_conv1d, stored_form
 from loralib.update import INITS, LowRankUpdate
 
 
 class LoRALayer(LowRankUpdate, nn.Linear):
     """A frozen linear layer with low-rank factors. Use one of its presets: :class:`Linear`, :class:`SVDLinear`,
-    :class:`LoRA2Linear`, :class:`MultiScaleLinear`, :class:`GatedLinear`.
+    :class:`LoRA2Linear`, :class:`MultiScaleLinear`, :class:`SoRALinear`.
 
     Args:
-        in_features, out_features: sizes of the frozen layer.
+        in_features, out_features, bias: as for ``nn.Linear``.
         r, lora_alpha, lora_dropout: as for :class:`loralib.update.LowRankUpdate`, which describes the factors.
-        bias: whether the frozen layer has a bias.
         args, options: the arguments of the preset's :meth:`scales`.
 
     Attributes:
@@ -59,56 +57,42 @@ class LoRALayer(LowRankUpdate, nn.Linear):
         **options: Any,
     ) -> None:
         scales = self.scales(*args, **options)
-        nn.Linear.__init__(self, in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.requires_grad_(False)
-        self._add_to_weight(False, r, lora_alpha, lora_dropout, *scales)
+        linear = nn.Linear(in_features, out_features, bias, device, dtype).requires_grad_(False)
+        self._wrap(linear, r, lora_alpha, lora_dropout, *scales)
 
     @classmethod
-    def from_linear(
-        cls, linear: nn.Module, r: int, lora_alpha: float, lora_dropout: float, widths: Sequence[int], init: str
-    ) -> LoRALayer:
-        """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, neither copied nor frozen. If
-        accelerate has dispatched it to a device (``device_map``), so is the new layer.
+    def from_linear(cls, linear: nn.Module, *settings: Any) -> LoRALayer:
+        """Wrap an existing layer: its ``weight`` and ``bias`` parameters are shared, neither copied nor frozen.
 
         Args:
-            linear: an ``nn.Linear``, whose weight may be quantised by torchao; bitsandbytes' ``Linear4bit``; or a layer
-                that stores its weight as (in, out): GPT-2's ``Conv1D``, or one whose ``fan_in_fan_out`` is true.
-            widths, init: what the preset's :meth:`scales` returns.
+            linear: an ``nn.Linear``, whose weight may be quantised by torchao, or GPT-2's ``Conv1D``.
+            settings: r, lora_alpha, lora_dropout, widths and init, as for :class:`loralib.update.LowRankUpdate`.
 
         Raises:
             ValueError: for a value out of range.
         """
-        quantised = stored_form(linear.weight) == "quantised"
-        layer = _empty_layer(cls, type(linear) if quantised else None)
-        nn.Module.__init__(layer)
-        if quantised:
-            layer.__dict__ |= _settings(linear)
-        layer.out_features, layer.in_features = frozen_shape(linear)
-        layer.weight = linear.weight
-        layer.register_parameter("bias", linear.bias)
-        layer._add_to_weight(is_transposed(linear), r, lora_alpha, lora_dropout, widths, init)
-        if is_dispatched(linear):
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(layer, linear._hf_hook)  # type: ignore[arg-type]
+        layer = cls.__new__(cls)
+        layer._wrap(linear, *settings)
         return layer.train(linear.training)
 
-    def _add_to_weight(
-        self, fan_in_fan_out: bool, r: int, lora_alpha: float, lora_dropout: float, widths: Sequence[int], init: str
-    ) -> None:
-        """Make a layer of one that has a weight, and the bias and sizes that belong to it."""
-        self.fan_in_fan_out, self.merged = fan_in_fan_out, False
+    def _wrap(self, linear: nn.Module, *settings: Any) -> None:
+        """What ``__init__`` and :meth:`from_linear` share: take the linear layer's parameters, and add the factors."""
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = frozen_shape(linear)
+        self.fan_in_fan_out, self.merged = is_conv1d(linear), False
+        self._quantised = stored_form(linear.weight) == "quantised"
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
         # A buffer moves with the layer to another device. A state dict holds it under the name of the weight.
         self.register_buffer("_weight_before_merge", None, persistent=False)
-        self._add_factors(r, lora_alpha, lora_dropout, widths, init, self.weight.device, self.weight.dtype)
+        self._add_factors(*settings, device=self.weight.device, dtype=self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """x (…, in) → x Wᵀ + bias + dropout(x) ΔWᵀ, shape (…, out), in the dtype of ``weight`` or autocast's; with a
         quantised weight, in that of the frozen product. The argument is named ``input`` as in ``nn.Linear``.
 
         Raises:
-            RuntimeError: if the layer is merged, in training mode with gradients on, and a factor trains; or if the
-                factors are from the meta device and have no values, but the weight has.
+            RuntimeError: if the layer is merged, in training mode with gradients on, and a factor trains.
         """
         weight = self.weight.T if self.fan_in_fan_out else self.weight
         trains = self.training and torch.is_grad_enabled()
@@ -117,6 +101,8 @@ class LoRALayer(LowRankUpdate, nn.Linear):
         if self.merged or self.r == 0:  # the frozen layer alone; x and the bias may differ in dtype from the weight
             x = input if autocast_dtype(input.device.type) is not None else input.to(weight.dtype)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(weight.dtype))
+        if self._quantised:  # only torchao can multiply by it
+            return self.add_to(F.linear(input, weight, self.bias), input)
         return self.linear(input, weight, self.bias)
 
     def merge(self) -> None:
@@ -167,46 +153,6 @@ def merged_weight(weight: Tensor, delta: Tensor, transposed: bool) -> Tensor:
     return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
 
 
-# ---- on a quantised weight ------------------------------------------------------------------------------------------
-
-
-class _OnQuantised(LoRALayer):
-    """Only the class of the replaced layer can multiply by a quantised weight, and save all that it consists of. That
-    class comes last in the bases of the new layer's, after the update."""
-
-    origin: ClassVar[tuple[type[LoRALayer], type[nn.Module]]]  # the preset, and the class of the replaced layer
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The product of the replaced layer's class, and the update."""
-        return self.add_to(super(LowRankUpdate, self).forward(input), input)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The weight keeps the scales that it has: no layer of bitsandbytes takes them from a state."""
-        for name in [name for name in state_dict if name.startswith(f"{prefix}weight.")]:
-            del state_dict[name]
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __reduce__(self) -> tuple:
-        return _empty_layer, self.origin, self.__dict__
-
-
-@functools.cache
-def _class_on(preset: type[LoRALayer], base: type[nn.Module]) -> type[LoRALayer]:
-    return type(f"Quantised{preset.__name__}", (_OnQuantised, preset, base), {"origin": (preset, base)})
-
-
-def _empty_layer(preset: type[LoRALayer], base: type[nn.Module] | None) -> LoRALayer:
-    """A layer without attributes: of the preset's class, or on the class of a layer with a quantised weight."""
-    cls = preset if base is None else _class_on(preset, base)  # type: ignore[arg-type]
-    return cls.__new__(cls)
-
-
-def _settings(linear: nn.Module) -> dict[str, Any]:
-    """The attributes that the class of a quantised layer has set, without those of nn.Module and accelerate."""
-    others = vars(nn.Module()).keys() | {"forward", "_hf_hook", "_old_forward"}
-    return {name: value for name, value in vars(linear).items() if name not in others}
-
-
 # ---- the presets ----------------------------------------------------------------------------------------------------
 
 
@@ -230,13 +176,24 @@ class Linear(LoRALayer):
         return self.lora_B[0]
 
 
+class SoRALinear(Linear):
+    """SoRA's layer, LoRA with a gate on each rank: ΔW = s · B diag(g) A, g in ``lora_E`` (arXiv 2311.11696, section
+    3.1). SoRA's training is not part of this library; ``nlu/methods/sora.py`` has it."""
+
+    kind = "sora"
+    has_singular_values = True
+
+    def draw_factors(self) -> None:
+        """A and B as in LoRA, g ~ N(0, 1)."""
+        super().draw_factors()
+        nn.init.normal_(self.lora_E)
+
+
 class MultiScaleLinear(LoRALayer):
     """ΔW = s · B₀ … Bₙ₋₁ diag(e) Aₙ₋₁ … A₀ with n = len(widths) + 1 scales (arXiv 2408.06854, continued inwards).
 
     Args:
-        widths: from the outermost inward: ``()`` is AdaLoRA's layer, ``(k,)`` LoRA²'s, ``(k₁, k₂)`` has three scales.
-        init: ``"gaussian"`` draws every factor from N(0, 0.02²), ``"orthogonal"`` gives it orthonormal rows or
-            columns. In both cases e = 0.
+        widths, init: as for :class:`loralib.update.LowRankUpdate`.
     """
 
     kind = "multiscale"
@@ -247,11 +204,7 @@ class MultiScaleLinear(LoRALayer):
 
 
 class SVDLinear(LoRALayer):
-    """AdaLoRA's layer, one scale: ΔW = s · P diag(e) Q with P (out, r), Q (r, in) (arXiv 2303.10512, eq. 3).
-
-    Args:
-        init: as for :class:`MultiScaleLinear`.
-    """
+    """AdaLoRA's layer, one scale: ΔW = s · P diag(e) Q with P (out, r), Q (r, in) (arXiv 2303.10512, eq. 3)."""
 
     kind = "adalora"
 
@@ -261,35 +214,10 @@ class SVDLinear(LoRALayer):
 
 
 class LoRA2Linear(LoRALayer):
-    """LoRA²'s layer, two scales: ΔW = s · B₀ B₁ diag(e) A₁ A₀, B₀ (out, k), A₀ (k, in) (arXiv 2408.06854, eq. 4).
-
-    Args:
-        k: width of the outer scale. init: as for :class:`MultiScaleLinear`.
-    """
+    """LoRA²'s layer, two scales: ΔW = s · B₀ B₁ diag(e) A₁ A₀, B₀ (out, k), A₀ (k, in) (arXiv 2408.06854, eq. 4)."""
 
     kind = "lora2"
 
     @staticmethod
     def scales(k: int = 8, init: str = INITS[0]) -> tuple[Sequence[int], str]:
         return (k,), init
-
-
-class GatedLinear(LoRALayer):
-    """SoRA's layer, LoRA with a gate on each rank: ΔW = s · B diag(g) A with g in ``lora_E`` (arXiv 2311.11696, section
-    3.1). Its training thresholds the gates after each step, which is not part of this library."""
-
-    kind = "sora"
-
-    @staticmethod
-    def scales() -> tuple[Sequence[int], str]:
-        return (), INITS[0]
-
-    def draw_factors(self) -> None:
-        """A as in ``nn.Linear``, B = 0, e ~ N(0, 1)."""
-        nn.init.kaiming_uniform_(self.lora_A[0], a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B[0])
-        nn.init.normal_(self.lora_E)
-
-    @property
-    def starts_at_zero(self) -> nn.Parameter:
-        return self.lora_B[0]

@@ -13,20 +13,10 @@ def stored_form(weight: Tensor) -> str | None:
     return "quantised" if hasattr(weight, "quant_state") or hasattr(weight, "__tensor_flatten__") else None
 
 
-def is_dispatched(module: nn.Module) -> bool:
-    """Whether accelerate has replaced the forward method by one that first moves the inputs to the weight's device."""
-    return getattr(vars(module).get("_hf_hook"), "offload", None) is False
-
-
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is GPT-2's linear layer, weight stored (in, out); recognised by name and shape, without an import."""
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
-
-
-def is_transposed(linear: nn.Module) -> bool:
-    """Whether a linear layer, low-rank or not, stores its weight as (in, out)."""
-    return getattr(linear, "fan_in_fan_out", is_conv1d(linear))
 
 
 def frozen_shape(linear: nn.Module) -> tuple[int, int]:
@@ -34,4 +24,4 @@ def frozen_shape(linear: nn.Module) -> tuple[int, int]:
     if stored_form(linear.weight) == "quantised":
         return linear.out_features, linear.in_features
     rows, columns = linear.weight.shape
-    return (columns, rows) if is_transposed(linear) else (rows, columns)
+    return (columns, rows) if is_conv1d(linear) else (rows, columns)

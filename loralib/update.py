@@ -48,8 +48,7 @@ class LowRankUpdate(nn.Module):
     """
 
     has_singular_values: ClassVar[bool] = True
-    lora_E: Any  # an nn.Parameter, or None for plain LoRA and for an update without singular values left
-    _has_values = True  # false from the creation on the meta device until factors are loaded
+    lora_E: Any  # an nn.Parameter, or None
 
     def __init__(
         self,
@@ -66,7 +65,7 @@ class LowRankUpdate(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._add_factors(r, lora_alpha, lora_dropout, widths, init, device, dtype or torch.float32)
+        self._add_factors(r, lora_alpha, lora_dropout, widths, init, device=device, dtype=dtype or torch.float32)
 
     def _add_factors(
         self,
@@ -75,6 +74,7 @@ class LowRankUpdate(nn.Module):
         lora_dropout: float,
         widths: Sequence[int],
         init: str,
+        *,
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> None:
@@ -101,10 +101,7 @@ class LowRankUpdate(nn.Module):
             [empty(inner, outer) for outer, inner in pairwise(right)],
         )
         self.register_forward_pre_hook(_call_me)
-        if self.lora_A[0].is_meta:  # nothing can be drawn there
-            self._has_values = False
-        else:
-            self.draw_factors()
+        self.draw_factors()
 
     def _set_factors(self, b: Sequence[nn.Parameter], e: nn.Parameter | None, a: Sequence[nn.Parameter]) -> None:
         self.lora_B, self.lora_E, self.lora_A = nn.ParameterList(b), e, nn.ParameterList(a)
@@ -113,8 +110,8 @@ class LowRankUpdate(nn.Module):
 
     def draw_factors(self) -> None:
         """Draws the initial values, with ΔW = 0: e = 0, and each factor from N(0, 0.02²) (``"gaussian"``), or with
-        orthonormal rows or columns (``"orthogonal"``). A preset with another start overrides this method and
-        :attr:`starts_at_zero`."""
+        orthonormal rows or columns (``"orthogonal"``). On the meta device nothing is drawn. A preset with another start
+        overrides this method and :attr:`starts_at_zero`."""
         nn.init.zeros_(self.lora_E)
         for factor in [*self.lora_B, *self.lora_A]:
             if self.init == "orthogonal":
@@ -132,10 +129,7 @@ class LowRankUpdate(nn.Module):
     @torch.no_grad()
     def keep_singular_values(self, kept: Sequence[int]) -> None:
         """Keep only the singular values in ``kept``, with their columns of the innermost B and rows of the innermost A.
-        The scaling stays. If none is kept, no factors are left, and ΔW is 0.
-
-        The shrunk parameters are new objects: create the optimiser afterwards.
-        """
+        The scaling stays. If none is kept, no factors are left, and ΔW is 0. The shrunk parameters are new objects."""
         if len(kept) == self.r:
             return
         factors = zip(self.lora_parameters(), self.singular_axes(), self.select(kept), strict=True)
@@ -160,9 +154,8 @@ class LowRankUpdate(nn.Module):
         return [*outer, 1, *([] if self.lora_E is None else [0]), *outer, 0]
 
     def select(self, kept: Sequence[int]) -> list[Tensor]:
-        """The values of :meth:`lora_parameters`, in that order and detached, for the kept singular values only. Outer
-        factors are returned as they are; the others are contiguous copies. ``kept`` has increasing indices below r.
-        """
+        """The values of :meth:`lora_parameters`, in that order and detached, for the kept singular values only: outer
+        factors as they are, contiguous copies of the others. ``kept`` has increasing indices below r."""
         values = [parameter.detach() for parameter in self.lora_parameters()]
         index = torch.tensor(list(kept), dtype=torch.long)
         pairs = zip(values, self.singular_axes(), strict=True)
@@ -177,7 +170,6 @@ class LowRankUpdate(nn.Module):
                 parameter.copy_(values)
             else:
                 parameter.index_copy_(axis, index.to(parameter.device), values.to(parameter))
-        self._has_values = True
 
     # ---- the product ------------------------------------------------------------------------------------------------
 
@@ -192,14 +184,9 @@ class LowRankUpdate(nn.Module):
 
         The small factors are multiplied on both sides of the narrowest place, so that an input meets only ρ features:
         with two scales A₁ A₀ and B₀ B₁ diag(s·e) if k ≥ r, and A₀ and B₀ (B₁ diag(s·e) A₁) if k < r.
-
-        Raises:
-            RuntimeError: if the factors are from the meta device and have no values.
         """
         # Not by slices of the lists: those of a ParameterList detach the tensors that torch.func puts into it.
         bs, values, as_ = [*self.lora_B], self.lora_E, [*self.lora_A]
-        if not self._has_values and not as_[0].is_meta:  # it would be read as uninitialised memory
-            raise RuntimeError(NO_VALUES)
         inner = [*self.widths, self.r]
         outer = len(inner) - inner[::-1].index(min(inner))  # the scales outside the narrowest place, the last of equals
         with without_autocast(as_[0].device.type):
@@ -211,7 +198,7 @@ class LowRankUpdate(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """ΔW with its scaling, shape (out, in), in the factors' dtype; zeros on the default device if no factors are
-        left. For merging and inspection."""
+        left."""
         if self.r == 0:
             return torch.zeros(self.out_features, self.in_features)
         a, b = self.folded()
@@ -220,8 +207,6 @@ class LowRankUpdate(nn.Module):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + bias + dropout(x) ΔWᵀ for a plain weight W (out, in), fused: see :mod:`loralib.fused`. r > 0."""
-        if self.lora_A[0].is_meta and not weight.is_meta:
-            raise RuntimeError(NO_VALUES)
         dropped = self.lora_dropout(x) if self.lora_dropout.training and self.lora_dropout.p > 0 else None
         return adapted_linear(x, weight, bias, *self.folded(), dropped)
 
@@ -238,7 +223,6 @@ class LowRankUpdate(nn.Module):
         if (values := state_dict.get(f"{prefix}lora_E")) is not None:
             state_dict[f"{prefix}lora_E"] = values.flatten()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._has_values |= any(name.startswith(f"{prefix}lora_") for name in state_dict)
 
     def extra_repr(self) -> str:
         own = f"r={self.r}, widths={self.widths}, lora_alpha={self.lora_alpha:g}"
@@ -249,12 +233,6 @@ def _outward(factors: Sequence[Tensor], left: bool = False) -> Tensor:
     """The product of factors that are listed from the outermost inward, multiplied from the innermost outward:
     Aₙ … A₁ A₀, or B₀ B₁ … Bₙ if ``left``."""
     return functools.reduce(lambda inner, each: each @ inner if left else inner @ each, reversed(factors))
-
-
-NO_VALUES = (
-    "the factors are from the meta device and have no values: load the weights before inject(), and let accelerate "
-    "dispatch the model without offloading"
-)
 
 
 def _call_me(module: nn.Module, args: tuple) -> None:

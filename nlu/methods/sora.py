@@ -1,6 +1,6 @@
 """SoRA, sparse low-rank adaptation (Ding et al. 2023, arXiv 2311.11696): LoRA with a gate on the ranks.
 
-ΔW = s · B diag(g) A, see :class:`loralib.GatedLinear`. After each optimiser step the gate takes the proximal step of an
+ΔW = s · B diag(g) A, see :class:`loralib.SoRALinear`. After each optimiser step the gate takes the proximal step of an
 L1 penalty (section 3.2),
 
     g ← T(g, λη),   T(x, ξ) = sign(x) · max(|x| − ξ, 0)

@@ -44,34 +44,6 @@ class Net(nn.Module):
         return self.classifier(x)
 
 
-class Linear4bit(nn.Linear):
-    """Stands for bitsandbytes' layer of that name: two 4-bit values per byte, shape (n / 2, 1), and saved scales."""
-
-    def __init__(self, linear):
-        super().__init__(linear.in_features, linear.out_features, device="meta")
-        scale = linear.weight.detach().abs().max() / 7
-        levels = ((linear.weight.detach() / scale).round() + 8).to(torch.uint8).view(-1, 2)
-        self.weight = nn.Parameter(levels[:, :1] * 16 + levels[:, 1:], requires_grad=False)
-        self.weight.quant_state = (scale, linear.weight.shape)
-        self.bias, self.compute_dtype = linear.bias, None
-
-    def dequantised(self):
-        scale, shape = self.weight.quant_state
-        return scale * (torch.cat([self.weight // 16, self.weight % 16], 1).view(shape).float() - 8)
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight.absmax"] = self.weight.quant_state[0]
-
-    def set_compute_type(self, x):
-        self.compute_dtype = x.dtype
-
-    def forward(self, x):
-        if self.compute_dtype is None:
-            self.set_compute_type(x)
-        return nn.functional.linear(x.to(self.compute_dtype), self.dequantised(), self.bias)
-
-
 def adapted(kind="lora2", modules=("q", "v"), r=3, model=None, head="classifier", **options):
     """Random factors and a trainable head; one singular value of the first layer and all of the second are pruned."""
     model = Net() if model is None else model

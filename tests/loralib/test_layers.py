@@ -114,20 +114,6 @@ def test_dropout_acts_on_the_update_only(run):
     torch.testing.assert_close(layer.train()(x), frozen)  # no input of the frozen weight is dropped
 
 
-def test_forward_is_refused_until_factors_from_the_meta_device_have_values():
-    """transformers' from_pretrained gives the factors of a model that injects in its __init__ uninitialised memory."""
-    with torch.device("meta"):
-        layer = loralib.LoRA2Linear(11, 7, 4, 12.0)
-    assert layer(torch.ones(2, 11, device="meta")).shape == (2, 7)
-    layer.load_state_dict(nn.Linear(11, 7).state_dict(), strict=False, assign=True)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="from the meta device and have no values"):
-            layer(torch.ones(2, 11))
-        layer.to_empty(device="cpu")
-    layer.load_state_dict((other := loralib.LoRA2Linear(11, 7, 4, 12.0)).state_dict())
-    assert torch.equal(layer(torch.ones(2, 11)), other(torch.ones(2, 11)))
-
-
 @pytest.mark.parametrize("kind, names", [("lora", ["lora_B", "lora_A"]), ("adalora", ["lora_B", "lora_E", "lora_A"])])
 def test_states_of_microsofts_and_adaloras_loralib_load(kind, names):
     model = nn.Sequential(nn.Linear(6, 5))
