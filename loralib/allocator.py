@@ -1,13 +1,10 @@
-"""Rank allocation: budget, importance and masks (arXiv 2303.10512, section 3; arXiv 2408.06854, eqs. 6–9).
+"""Rank allocation: importance and masks (arXiv 2303.10512, section 3; arXiv 2408.06854, eqs. 6–9).
 
-Pruning has two phases. At every masking the ``b(t)`` most important singular values of all layers are kept and the
-others are set to 0; of equal ones the later stay. Between maskings the optimiser may move a pruned value away from 0,
-so that it can come back. In the last final_warmup steps the mask is fixed and applied after every step, so that it
-cannot.
+At every masking the b(t) most important singular values of all layers are kept and the others are set to 0; of equal
+ones those with later names and indices stay. Between maskings the optimiser may move a pruned value away from 0, so
+that it can come back. In the last final_warmup steps the mask is fixed and applied after every step, so that it cannot.
+:mod:`loralib.budget_schedule` has b(t) and the steps that mask.
 
-Budget     With T steps in all, t_i = init_warmup and t_f = final_warmup: b(t) = b₀ up to t_i; then
-           b_T + (b₀ − b_T)(1 − (t − t_i)/(T − t_i − t_f))³, rounded down, masked every mask_interval steps (and at T
-           if t_f is 0); b_T for the last t_f steps with the mask fixed.
 Sensitivity of an entry w: I = |w · ∂L/∂w| (with ExactFactors of the projected gradient); Ī its moving average (β₁). Its
 uncertainty Ū is the moving average of |I − Ī| (β₂), and its score S = Ī · Ū. Scores are updated at the steps before
 T − t_f, and always at step 1.
@@ -25,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralib.budget_schedule import MASK_INTERVAL, BudgetSchedule
 from loralib.checks import check_choice, check_number, check_whole_number
 from loralib.model import trained_svd_layers
 from loralib.update import LowRankUpdate
@@ -34,17 +32,14 @@ IMPORTANCES = ("inner", "full")
 
 @dataclass(frozen=True)
 class Ranks:
-    """The singular values that a method prunes, read from the weights at each access.
-
-    Between two maskings the optimiser moves pruned values away from 0, so that the live ones are not always those that
-    the last mask kept.
+    """How many singular values a method keeps. Which are live is read from the weights at each access: between two
+    maskings the optimiser moves pruned values away from 0.
 
     Attributes:
         initial: number of singular values in all layers at the start.
         budget, target: number that the schedule allows now, and at the end of the training; None without a schedule.
         values: module name → its singular values.
-        factors: module name → its factors, each with the dimension along which the singular values lie; None for an
-            outer factor, which they share.
+        factors: module name → pairs (factor, dimension along which its singular values lie; None for an outer factor).
     """
 
     initial: int
@@ -92,18 +87,18 @@ class RankAllocator:
     """Prunes the singular values of all layers to one global budget.
 
     Call :meth:`step` after ``optimizer.step()`` and before the gradients are cleared; steps count from 1.
-    A layer that is frozen, from the start or later, keeps its singular values. The budget then covers only the others.
+    A layer that is frozen here keeps its singular values, and the budget covers only the others.
 
     Args:
         model: has low-rank layers with singular values, all of the same rank.
-        total_steps: optimiser steps of the whole training.
+        total_steps, init_warmup, final_warmup, mask_interval: as for
+            :class:`loralib.budget_schedule.BudgetSchedule`.
         target_rank: average final rank of a layer.
-        init_warmup: steps before pruning starts; None means a tenth of the training.
-        final_warmup: number of last steps, in which the mask is fixed; None means half of the training. For the tasks
-            of GLUE, configs/tasks/*.yaml give both to run_glue.py.
-        mask_interval: steps between two maskings.
         beta1, beta2: decay rates of the moving averages of sensitivity and uncertainty, in (0, 1).
         importance: ``"inner"`` or ``"full"``, see the module's docstring.
+
+    Attributes:
+        schedule: the :class:`loralib.budget_schedule.BudgetSchedule`.
 
     Raises:
         ValueError: for a value out of range, or values that contradict each other.
@@ -116,32 +111,26 @@ class RankAllocator:
         target_rank: int,
         init_warmup: int | None = None,
         final_warmup: int | None = None,
-        mask_interval: int = 10,
+        mask_interval: int = MASK_INTERVAL,
         beta1: float = 0.85,
         beta2: float = 0.85,
         importance: str = "inner",
     ) -> None:
-        self.total_steps, self.target_rank, self.mask_interval = total_steps, target_rank, mask_interval
-        self.init_warmup = total_steps // 10 if init_warmup is None else init_warmup
-        self.final_warmup = total_steps // 2 if final_warmup is None else final_warmup
-        least = {"total_steps": 1, "target_rank": 1, "mask_interval": 1, "init_warmup": 0, "final_warmup": 0}
-        for name, value in least.items():
-            check_whole_number(name, getattr(self, name), value)
-        check_schedule(self.init_warmup, self.final_warmup, total_steps)
+        self.schedule = BudgetSchedule(total_steps, init_warmup, final_warmup, mask_interval)
+        check_whole_number("target_rank", target_rank)
         check_choice("importance", importance, IMPORTANCES)
         for name, beta in (("beta1", beta1), ("beta2", beta2)):
             check_number(name, beta, lambda value: 0 < value < 1, "a number in (0, 1)")
-        self.beta1, self.beta2, self.importance = beta1, beta2, importance
+        self.target_rank, self.beta1, self.beta2, self.importance = target_rank, beta1, beta2, importance
         # By name, so that ties do not depend on the order in which modules were registered.
-        layers = dict(sorted(trained_svd_layers(model, "allocate ranks to").items()))
-        self._by_name, self._layers = layers, list(layers.values())
-        self.r = self._layers[0].r
-        for name, layer in layers.items():
+        self.layers = dict(sorted(trained_svd_layers(model, "allocate ranks to").items()))
+        self.r = next(iter(self.layers.values())).r
+        for name, layer in self.layers.items():
             if layer.r != self.r:
                 raise ValueError(f"pruning needs layers of the same rank: {name} has {layer.r}, others {self.r}")
         if target_rank > self.r:
             raise ValueError(f"target_rank {target_rank} exceeds the layers' rank {self.r}")
-        self._masks = [torch.ones_like(layer.lora_E, dtype=torch.bool) for layer in self._layers]
+        self._masks = [torch.ones_like(layer.lora_E, dtype=torch.bool) for layer in self.layers.values()]
         # Ī and Ū of all scored entries, one parameter after the other.
         self._sensitivity = torch.zeros(sum(p.numel() for p, *_ in self._scored()), dtype=torch.float32)
         self._uncertainty = torch.zeros_like(self._sensitivity)
@@ -150,32 +139,24 @@ class RankAllocator:
         """The scored parameters, each once: (parameter, dimension of its singular values, indices of the layers that
         hold it). The dimension is None for an outer factor."""
         found: dict[int, tuple[nn.Parameter, int | None, list[int]]] = {}
-        for row, layer in enumerate(self._layers):
+        for row, layer in enumerate(self.layers.values()):
             for parameter, axis in zip(layer.lora_parameters(), layer.singular_axes(), strict=True):
                 if axis is not None or self.importance == "full":
                     found.setdefault(id(parameter), (parameter, axis, []))[2].append(row)
         return list(found.values())
 
+    def budget(self, step: int) -> int:
+        """Number of singular values that all layers keep in total at ``step``."""
+        return self.schedule.budget(step, self.r * len(self.layers), self.target_rank * len(self.layers))
+
     def ranks(self, step: int) -> Ranks:
         """The singular values of the pruned layers, with the budget at ``step``."""
-        count = len(self._layers)
-        return Ranks.of_layers(self._by_name, self.r * count, self.budget(step), self.target_rank * count)
-
-    def budget(self, step: int, layers: int | None = None) -> int:
-        """Number of singular values that ``layers`` layers (None: all) keep in total at ``step``, counted from 1."""
-        count = len(self._layers) if layers is None else layers
-        start, target, last = self.r * count, self.target_rank * count, self.total_steps - self.final_warmup
-        if step <= self.init_warmup:
-            return start
-        if step > last:
-            return target
-        progress = (step - self.init_warmup) / (last - self.init_warmup)
-        return int(target + (start - target) * (1 - progress) ** 3)
+        count = len(self.layers)
+        return Ranks.of_layers(self.layers, self.r * count, self.budget(step), self.target_rank * count)
 
     @torch.no_grad()
     def step(self, step: int) -> None:
-        """Update the scores from the current gradients, until the mask is fixed, and mask if the schedule says so. Of
-        equally important singular values, those with later names and indices are kept.
+        """Update the scores from the current gradients, until the mask is fixed, and mask if the schedule says so.
 
         Args:
             step: number of optimiser steps done.
@@ -183,45 +164,35 @@ class RankAllocator:
         Raises:
             ValueError: if no singular value has a gradient.
         """
-        training = [row for row, layer in enumerate(self._layers) if layer.lora_E.requires_grad]
-        if not training:
-            return
-        last = self.total_steps - self.final_warmup  # step after which the mask is fixed
-        if step < max(last, 2):  # score step 1 even if it is the last before the mask is fixed
+        if step < max(self.schedule.last, 2):  # score step 1 even if it is the last before the mask is fixed
             self._update_scores()
-        due = step > last or step == self.total_steps or step % self.mask_interval == 0
-        if step <= self.init_warmup or not due:
+        if not self.schedule.masks_at(step):
             return
-        if step <= last + 1:
-            of_layers = self.importance_scores().unbind()
-            scores = torch.cat([of_layers[row] for row in training])
-            pruned = scores.argsort(stable=True)[: len(scores) - self.budget(step, len(training))]
+        if step <= self.schedule.last + 1:
+            scores = self.importance_scores().flatten()
+            pruned = scores.argsort(stable=True)[: len(scores) - self.budget(step)]
             kept = torch.ones_like(scores, dtype=torch.bool).index_fill_(0, pruned, False)
-            for row, mask in zip(training, kept.split(self.r), strict=True):
-                self._masks[row] = mask
-        values = [self._layers[row].lora_E for row in training]
-        torch._foreach_mul_(values, [self._masks[row].to(e) for row, e in zip(training, values, strict=True)])
+            self._masks = list(kept.split(self.r))
+        values = [layer.lora_E for layer in self.layers.values()]
+        torch._foreach_mul_(values, [mask.to(e) for mask, e in zip(self._masks, values, strict=True)])
 
     def _update_scores(self) -> None:
-        if all(layer.lora_E.grad is None for layer in self._layers):
+        if all(layer.lora_E.grad is None for layer in self.layers.values()):
             raise ValueError("no singular value has a gradient: update the pruning before the gradients are cleared")
         parameters = [parameter for parameter, *_ in self._scored()]
         # A missing gradient (an unused module) and a non-finite entry (a step skipped in float16) count as 0.
         current = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         current = current.nan_to_num(0.0, 0.0, 0.0).mul_(_flat(parameters)).abs_()
-        moves: Tensor | float = 1.0
-        if not all(p.requires_grad for p in parameters):  # a frozen parameter keeps its scores: it may train again
-            moves = _flat([torch.full_like(p, p.requires_grad) for p in parameters])
         # The model may have been moved to another device.
         self._sensitivity, self._uncertainty = self._sensitivity.to(current), self._uncertainty.to(current)
-        self._sensitivity.lerp_(current, (1 - self.beta1) * moves)
-        self._uncertainty.lerp_(current.sub_(self._sensitivity).abs_(), (1 - self.beta2) * moves)
+        self._sensitivity.lerp_(current, 1 - self.beta1)
+        self._uncertainty.lerp_(current.sub_(self._sensitivity).abs_(), 1 - self.beta2)
 
     def importance_scores(self) -> Tensor:
         """Importance of every singular value, (layers, r) float32, layers in the order of their names."""
         scored = self._scored()
         entries = (self._sensitivity * self._uncertainty).split([p.numel() for p, *_ in scored])
-        totals: list[Any] = [0.0] * len(self._layers)  # a list: a tensor of indices would be copied to the device
+        totals: list[Any] = [0.0] * len(self.layers)  # a list: a tensor of indices would be copied to the device
         for part, (parameter, axis, rows) in zip(entries, scored, strict=True):
             values = part.view(parameter.shape)
             if axis is None:
@@ -233,13 +204,14 @@ class RankAllocator:
         return torch.stack(totals)
 
     def _settings(self) -> dict[str, Any]:
-        names = ("total_steps", "init_warmup", "final_warmup", "r", "target_rank", "mask_interval", "beta1", "beta2")
-        return {name: getattr(self, name) for name in (*names, "importance")}
+        names = ("r", "target_rank", "beta1", "beta2", "importance")
+        of_schedule = ("total_steps", "init_warmup", "final_warmup", "mask_interval")
+        return {name: getattr(self.schedule, name) for name in of_schedule} | {n: getattr(self, n) for n in names}
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to resume: tensors (on the CPU) and plain values."""
         return {
-            "layers": list(self._by_name),
+            "layers": list(self.layers),
             "settings": self._settings(),
             "sensitivity": self._sensitivity.to("cpu", copy=True),
             "uncertainty": self._uncertainty.to("cpu", copy=True),
@@ -259,23 +231,12 @@ class RankAllocator:
                     f"the saved pruning has {name} = {saved.get(name)}, but now it is {own}: resume with the same "
                     "value, or save the adapter and start a new training from it (start_from_adapter)"
                 )
-        if state["layers"] != list(self._by_name) or len(state["sensitivity"]) != len(self._sensitivity):
+        if state["layers"] != list(self.layers) or len(state["sensitivity"]) != len(self._sensitivity):
             raise ValueError("the allocator state belongs to other layers: resume with the same modules and widths")
         self._sensitivity, self._uncertainty = state["sensitivity"].clone(), state["uncertainty"].clone()
-        self._masks = [mask.to(layer.lora_E.device) for layer, mask in zip(self._layers, state["masks"], strict=True)]
+        self._masks = list(state["masks"].to(next(iter(self.layers.values())).lora_E.device))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """All entries one after the other, as float32, on the device of the first tensor."""
     return torch.cat([tensor.detach().flatten().to(tensors[0].device, torch.float32) for tensor in tensors])
-
-
-def check_schedule(
-    init_warmup: int, final_warmup: int, total_steps: int, names: tuple[str, str] = ("init_warmup", "final_warmup")
-) -> None:
-    """Raises ValueError unless init_warmup + final_warmup < total_steps; the message uses the two ``names``."""
-    if init_warmup + final_warmup >= total_steps:
-        raise ValueError(
-            f"{' + '.join(names)} = {init_warmup} + {final_warmup} = {init_warmup + final_warmup} leaves no step to "
-            f"prune in: the training has {total_steps}; lower them or train longer"
-        )

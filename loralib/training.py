@@ -28,9 +28,7 @@ from loralib.orthogonality import compute_orth_regu
 
 class Training(Protocol):
     """What a method does beside the optimiser; :class:`loralib.recipes.trainer_mixin.LowRankTrainerMixin` calls it.
-
-    :class:`LowRankTraining` implements it for the layers of this library.
-    """
+    :class:`LowRankTraining` is the one for the layers of this library."""
 
     @property
     def ranks(self) -> Ranks | None:
@@ -58,19 +56,16 @@ class Training(Protocol):
 
 
 class Constraint(Protocol):
-    """Keeps factors to a set of matrices, such as :class:`loralib.recipes.exact_factors.ExactFactors`."""
+    """Keeps factors to a set of matrices; :class:`loralib.recipes.exact_factors.ExactFactors` is one."""
 
-    def start(self) -> None:
-        """Called before the first step."""
+    def start(self) -> None: ...  # before the first step
 
-    def before_step(self) -> None:
-        """Changes the gradients, before the optimisers' step."""
+    def before_step(self) -> None: ...  # changes the gradients
 
-    def after_step(self) -> None:
-        """Changes the factors, after it."""
+    def after_step(self) -> None: ...  # changes the factors
 
 
-class LowRankTraining:
+class LowRankTraining(Training):
     """What AdaLoRA and LoRA² add to a training loop.
 
     Args:
@@ -78,10 +73,10 @@ class LowRankTraining:
         total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
         target_rank: average number of singular values that a layer keeps; without it nothing is pruned.
         constraint: a :class:`Constraint`, in place of the regulariser.
-        regu_weight: weight of the regulariser; 0 turns it off. Default: 0.1, or 0 with a constraint. terms, squared: as
-            for :func:`loralib.compute_orth_regu`.
-        pruning: options of :class:`loralib.RankAllocator`: init_warmup (a tenth of the steps), final_warmup (half of
-            them), mask_interval (10), beta1 and beta2 (0.85), importance.
+        regu_weight: weight of the regulariser; 0 turns it off. Default: 0.1, or 0 with a constraint.
+        terms, squared: as for :func:`loralib.compute_orth_regu`.
+        pruning: init_warmup, final_warmup, mask_interval, beta1, beta2 and importance, as for
+            :class:`loralib.RankAllocator`.
 
     Attributes:
         steps_done: optimiser steps since :meth:`start`.
@@ -119,17 +114,14 @@ class LowRankTraining:
             RankAllocator(model, sys.maxsize, target_rank, **pruning)  # refuses a wrong option now, not at start()
 
     def start(self, total_steps: int) -> None:
-        """Begin a training of ``total_steps`` optimiser steps, with a new pruning schedule.
-
-        Raises:
-            ValueError: as :class:`loralib.RankAllocator`; for example if the steps are too few for the pruning.
-        """
+        """Begin a training of ``total_steps`` optimiser steps, with a new pruning schedule. Raises as
+        :class:`loralib.RankAllocator`, for example if the steps are too few for the pruning."""
         if self.target_rank is not None:
             self.allocator = RankAllocator(self.model, total_steps, self.target_rank, **self._pruning)
         self.total_steps, self.steps_done = total_steps, 0
 
     def penalty(self) -> Tensor | float:
-        """The weighted regulariser, to add to the loss of one optimiser step; 0 if it is off."""
+        """The weighted regulariser, to add to the loss; 0 if it is off."""
         if self.regu_weight == 0:
             return 0.0
         return compute_orth_regu(self.model, self.regu_weight, self.terms, self.squared)
@@ -142,9 +134,6 @@ class LowRankTraining:
 
         Args:
             scaler: a ``torch.amp.GradScaler``, whose ``step(optimizer)`` is then called; call its ``update()`` after.
-
-        Raises:
-            ValueError, RuntimeError: as :meth:`before_step` and :meth:`after_step`.
         """
         if not getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True):
             return
@@ -157,11 +146,10 @@ class LowRankTraining:
         self.after_step()
 
     def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
-        """For a loop that steps its optimisers itself: call this before, once the gradients are complete and clipped.
+        """Called by :meth:`step`, or by a loop that steps its optimisers itself.
 
         Raises:
-            ValueError: if the optimisers lack trainable factors, which would never change: they were created before
-                ``inject()`` or ``compact()``, or for another model.
+            ValueError: if the optimisers lack trainable factors, see :func:`check_optimizers`.
         """
         check_optimizers(optimizers, factors_of(self.model))
         if self.constraint is not None:
@@ -170,11 +158,9 @@ class LowRankTraining:
             self.constraint.before_step()
 
     def after_step(self) -> None:
-        """For a loop that steps the optimiser itself: call this after it, before the gradients are cleared.
+        """Called by :meth:`step`, or by a loop that steps its optimisers itself.
 
-        Warns once if layers got no gradient in the first step (a model that reads a weight without calling its layer
-        ignores the update), and at each step beyond ``total_steps`` (often because it is called for each of several
-        accumulated batches).
+        Warns if layers got no gradient in the first step, and at each step beyond ``total_steps``.
 
         Raises:
             RuntimeError: if the number of steps is unknown, but needed for pruning.
@@ -209,26 +195,18 @@ class LowRankTraining:
 
     @property
     def ranks(self) -> Ranks | None:
-        """The singular values that the allocator prunes; None if nothing is pruned, and before :meth:`start`."""
+        """None also before :meth:`start`."""
         return None if self.allocator is None else self.allocator.ranks(self.steps_done)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to resume, besides the model and the optimiser."""
         allocator = None if self.allocator is None else self.allocator.state_dict()
         return {"step": self.steps_done, "total_steps": self.total_steps, "allocator": allocator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state.
-
-        Raises:
-            ValueError: if it belongs to another training.
-        """
         if self.total_steps is None and state["total_steps"] is not None:
             self.start(state["total_steps"])
         if (state["allocator"] is None) != (self.allocator is None):
-            raise ValueError(
-                "one of the two trainings prunes, the other does not: give the same target_rank and total_steps"
-            )
+            raise ValueError("only one of the two trainings prunes: give the same target_rank and total_steps")
         if self.allocator is not None:
             self.allocator.load_state_dict(state["allocator"])
         self.steps_done = state["step"]
@@ -250,7 +228,8 @@ def unscale(optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
 
 
 def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], factors: Iterable[nn.Parameter]) -> None:
-    """Raises ValueError if the optimisers lack trainable factors, which would never change."""
+    """Raises ValueError if the optimisers lack trainable factors, which would never change: they were created before
+    ``inject()`` or ``compact()``, or for another model."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(parameter) for group in groups for parameter in group["params"]}
     if any(factor.requires_grad and id(factor) not in held for factor in factors):

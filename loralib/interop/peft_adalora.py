@@ -9,6 +9,7 @@ AdaLoRA to an ordinary LoRA.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
-from loralib.allocator import Ranks, check_schedule
-from loralib.training import check_optimizers
+from loralib.allocator import Ranks
+from loralib.training import Training, check_optimizers
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
 
@@ -30,8 +31,8 @@ class _Unregularised(AdaLoraModel):
         return self.model.forward(*args, **kwargs)
 
 
-class AdaLoraTraining:
-    """Runs peft's AdaLoRA as a :class:`loralib.training.Training`.
+class AdaLoraTraining(Training):
+    """Runs peft's AdaLoRA.
 
     The regulariser is in :meth:`penalty` alone: the model's loss no longer includes it. In a loop of your own, add the
     penalty to the loss, and call :meth:`before_step` and :meth:`after_step` around the optimiser's step.
@@ -51,14 +52,9 @@ class AdaLoraTraining:
         self.steps_done = 0
 
     def start(self, total_steps: int) -> None:
-        """Begin a training of ``total_steps`` optimiser steps.
-
-        Raises:
-            ValueError: unless tinit + tfinal < total_steps.
-        """
-        check_schedule(self.config.tinit, self.config.tfinal, total_steps, ("tinit", "tfinal"))
-        self.config.total_step = total_steps
-        self.steps_done = 0
+        """Begin a training of ``total_steps`` optimiser steps. peft raises ValueError unless tinit + tfinal is less."""
+        replace(self.config, total_step=total_steps)  # peft checks only new configurations
+        self.config.total_step, self.steps_done = total_steps, 0
 
     def _factors(self) -> list[nn.Parameter]:
         sides = ((layer.lora_A, layer.lora_E, layer.lora_B) for layer in self.layers.values())
@@ -73,15 +69,11 @@ class AdaLoraTraining:
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
     def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Call this before the optimiser's step.
-
-        Raises:
-            ValueError: if the optimisers lack trainable factors: they were made for another model.
-        """
+        """Raises ValueError as :func:`loralib.training.check_optimizers`."""
         check_optimizers(optimizers, self._factors())
 
     def after_step(self) -> None:
-        """Call peft's allocator, as peft documents it: after the step, before the gradients are cleared."""
+        """Calls peft's allocator, as peft documents it."""
         self.steps_done += 1
         for factor in self._factors():
             if factor.grad is None:  # the step did not use this module
@@ -109,18 +101,14 @@ class AdaLoraTraining:
         return Ranks(allocator.init_bgt, budget, allocator.target_bgt, values, factors)
 
     def state_dict(self) -> dict[str, Any]:
-        """The moving averages of the scores, the ranks and the step, for a checkpoint."""
+        """The moving averages of the scores, the ranks and the steps."""
         allocator = self.tuner.rankallocator
         scores = {key: dict(getattr(allocator, key)) for key in _SCORES}
         rank_pattern, total_steps = self.config.rank_pattern, self.config.total_step
         return {"step": self.steps_done, "total_steps": total_steps, "rank_pattern": rank_pattern, **scores}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a saved state.
-
-        Raises:
-            ValueError: if it belongs to a training of another length: peft would prune anew, and values come back.
-        """
+        """Raises ValueError for a training of another length: peft would prune anew, and values come back."""
         if (saved := state["total_steps"]) != self.config.total_step:
             raise ValueError(f"the saved pruning has {saved} steps, but now there are {self.config.total_step}")
         devices = {name: p.device for name, p in self.tuner.model.named_parameters()}

@@ -35,15 +35,12 @@ class ExactFactors:
     """Keeps all trainable factors orthonormal along their smaller side. Call :meth:`start` if you unfreeze some later.
 
     Give it to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one batched
-    product, and a factor that layers share is handled once. The work of a step is done on the device. A frozen factor
-    is left alone, whether or not its layer's e is trainable.
+    product, and a factor that layers share is handled once. A frozen factor is left alone, whether or not its layer's e
+    is trainable.
 
     Args:
         model: has layers with singular values (AdaLoRA, LoRA², multi-scale); :func:`make_orthonormal` is called for
-            it, now and before the first step of each training.
-
-    Raises:
-        ValueError: as :func:`make_orthonormal`.
+            it, now and before the first step of each training, and raises ValueError.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,7 +48,7 @@ class ExactFactors:
         self.start()
 
     def start(self) -> None:
-        """Begin a training: make the factors orthonormal. Raises as :func:`make_orthonormal`."""
+        """Begin a training: make the factors orthonormal."""
         make_orthonormal(self.model)
 
     def _groups(self) -> list[list[nn.Parameter]]:

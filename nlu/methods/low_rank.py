@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from loralib.budget_schedule import FINAL_WARMUP, INIT_WARMUP, MASK_INTERVAL
+from loralib.recipes.learning_rates import B_LR_RATIO, VALUE_LR_RATIO, parameter_groups
 from nlu import METHOD_FOLDER
 from nlu.arguments import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag
 from nlu.errors import UsageError, reason
@@ -47,16 +49,16 @@ LOW_RANK_FLAGS = (
     LORA_MODULE,
 )
 LORA_PLUS_FLAGS = (
-    Flag("lora_b_lr_ratio", float, 1.0, "LoRA+: learning rate of B, as a multiple of --learning_rate.", POSITIVE),
+    Flag("lora_b_lr_ratio", float, B_LR_RATIO, "LoRA+: rate of B, as a multiple of --learning_rate.", POSITIVE),
 )
 PRUNING_FLAGS = (
     Flag("target_rank", int, None, "Average number of singular values kept per layer. Default: half of lora_r.",
          AT_LEAST_1),
-    Flag("init_warmup", int, None, "Steps before pruning starts. Default: a tenth of the training.",
+    Flag("init_warmup", int, None, f"Steps before pruning starts. Default: {INIT_WARMUP:.0%} of the training.",
          NOT_NEGATIVE),
-    Flag("final_warmup", int, None, "Steps at the end, in which the ranks stay fixed. Default: half of the training.",
+    Flag("final_warmup", int, None, f"Steps at the end, with fixed ranks. Default: {FINAL_WARMUP:.0%} of the training.",
          NOT_NEGATIVE),
-    Flag("mask_interval", int, 10, "Steps between two prunings.", AT_LEAST_1),
+    Flag("mask_interval", int, MASK_INTERVAL, "Steps between two prunings.", AT_LEAST_1),
     Flag("beta1", float, 0.85, "Decay of the moving average of the sensitivity.", INSIDE_1),
     Flag("beta2", float, 0.85, "Decay of the moving average of the uncertainty.", INSIDE_1),
     Flag("importance", ("inner", "full"), "inner",
@@ -74,7 +76,7 @@ SINGULAR_VALUE_FLAGS = (
     *REGULARISER_FLAGS,
     Flag("rank_allocation", bool, True, "Whether singular values are pruned to the target rank."),
     *PRUNING_FLAGS,
-    Flag("value_lr_ratio", float, 1.0,
+    Flag("value_lr_ratio", float, VALUE_LR_RATIO,
          "Learning rate of the singular values, as a multiple of --learning_rate.", POSITIVE),
 )  # fmt: skip
 SCALE_FLAGS = (
@@ -182,8 +184,6 @@ def _width(model: nn.Module, args: Any) -> int:
 
 
 def _own_rates(model: nn.Module, args: Any) -> list[tuple[list[nn.Parameter], float]]:
-    from loralib.recipes.learning_rates import parameter_groups
-
     ratio = {"b_lr_ratio": args.lora_b_lr_ratio} if args.method == "lora" else {"value_lr_ratio": args.value_lr_ratio}
     return [(group["params"], group["lr"]) for group in parameter_groups(model, 1.0, **ratio) if group["lr"] != 1]
 
