@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,72 +41,49 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
     chosen = set(TERMS) if terms == "all" else set(terms.split("+"))
     if not chosen <= set(TERMS):
         raise ValueError(f"terms must be 'all' or some of {', '.join(TERMS)} joined by '+', got {terms!r}")
-    counted: set[int] = set()  # layers may share outer factors, those of different ranks too
-    norms: list[Tensor] = []
-    for term, sides in _sides_of_equal_shapes(model, chosen):
-        with without_autocast(sides[0][0].device.type):  # Gram − I is a small difference
-            scales = [_Scale.of(factors, term == "UV") for factors in zip(*sides, strict=True)]
-            # Of one scale, the product is the factor itself.
-            own = scales if term in chosen else scales[:1] if len(scales) == 1 else []
-            fresh = [gram for scale in own if (gram := scale.smaller_gram(counted)) is not None]
-            product = [_product_gram(scales)] if "PQ" in chosen and len(scales) > 1 else []
-            norms += [_deviation(gram, squared) for gram in fresh + product]
-    return regu_weight * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
-
-
-def _sides_of_equal_shapes(model: nn.Module, chosen: set[str]) -> list[tuple[str, list[nn.ParameterList]]]:
-    """(term, sides): the B (term "uv") or A ("UV") of all layers, those of the same shapes together."""
-    groups: dict[tuple, list[nn.ParameterList]] = defaultdict(list)
+    groups: dict[tuple, list[nn.ParameterList]] = defaultdict(list)  # sides of the same shapes
     for layer in trained_svd_layers(model, "regularise").values():
         for term, side in (("uv", layer.lora_B), ("UV", layer.lora_A)):
             if chosen & {term, "PQ"}:
                 key = (term, side[0].device, *(factor.shape for factor in side))
                 groups[key].append(side)
-    return [(term, sides) for (term, *_), sides in groups.items()]
+    counted: set[int] = set()  # layers may share outer factors, those of different ranks too
+    norms: list[Tensor] = []
+    for (term, device, *_), sides in groups.items():
+        with without_autocast(device.type):  # Gram − I is a small difference
+            scales = [_scale(factors, transposed=term == "UV") for factors in zip(*sides, strict=True)]
+            if term in chosen or len(scales) == 1:  # of one scale, the product is the factor itself
+                for scale in scales:
+                    if fresh := [gram for key, gram in scale.smaller.items() if key not in counted]:
+                        norms.append(_deviation(torch.stack(fresh), squared))
+                    counted.update(scale.smaller)
+            if "PQ" in chosen and len(scales) > 1:
+                norms.append(_deviation(_product_grams(sides, scales), squared))
+    return regu_weight * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
 
 
-@dataclass
-class _Scale:
-    """The factors of several sides at one scale; one that sides share occurs once.
+class _Scale(NamedTuple):
+    """By id, so that one that layers share occurs once, the factors X (outer, inner) of one scale, all like a B."""
 
-    Attributes:
-        ids: for each side the id of its factor.
-        stack: (n, outer, inner), each like a B. rows: id of a factor → its index in ``stack``.
-        gram: XᵀX of each, (n, inner, inner).
-    """
-
-    ids: list[int]
-    rows: dict[int, int]
-    stack: Tensor
-    gram: Tensor
-
-    @classmethod
-    def of(cls, factors: Sequence[Tensor], transposed: bool) -> _Scale:
-        unique = {id(factor): factor for factor in factors}
-        x = torch.stack(list(unique.values()))
-        x = x.mT if transposed else x
-        return cls(list(map(id, factors)), {each: i for i, each in enumerate(unique)}, x, x.mT @ x)
-
-    def of_sides(self, tensors: Tensor) -> Tensor:
-        """One row of ``tensors`` for each side."""
-        rows = tensors.unbind()  # not by a list of indices, which would be copied to the device in every step
-        return torch.stack([rows[self.rows[each]] for each in self.ids])
-
-    def smaller_gram(self, counted: set[int]) -> Tensor | None:
-        """The Grams of the factors that are not ``counted`` yet, on their smaller side: if outer < inner, only XXᵀ can
-        be I."""
-        grams = self.gram if self.gram.shape[-1] <= self.stack.shape[-2] else self.stack @ self.stack.mT
-        fresh = [gram for key, gram in zip(self.rows, grams.unbind(), strict=True) if key not in counted]
-        counted.update(self.rows)
-        return torch.stack(fresh) if fresh else None
+    x: dict[int, Tensor]
+    gram: dict[int, Tensor]  # XᵀX
+    smaller: dict[int, Tensor]  # the Gram on the smaller side: if outer < inner, only XXᵀ can be I
 
 
-def _product_gram(scales: Sequence[_Scale]) -> Tensor:
+def _scale(factors: Sequence[nn.Parameter], transposed: bool) -> _Scale:
+    unique = {id(factor): factor for factor in factors}
+    x = torch.stack(list(unique.values()))
+    x = x.mT if transposed else x
+    gram = x.mT @ x
+    smaller = gram if x.shape[-1] <= x.shape[-2] else x @ x.mT
+    return _Scale(*(dict(zip(unique, each.unbind(), strict=True)) for each in (x, gram, smaller)))
+
+
+def _product_grams(sides: Sequence[nn.ParameterList], scales: Sequence[_Scale]) -> Tensor:
     """PᵀP = …B₁ᵀ (B₀ᵀB₀) B₁… of each side, (sides, r, r)."""
-    outermost, *others = scales
-    gram = outermost.of_sides(outermost.gram)
-    for scale in others:
-        x = scale.of_sides(scale.stack)
+    gram = torch.stack([scales[0].gram[id(side[0])] for side in sides])
+    for i, scale in enumerate(scales[1:], 1):
+        x = torch.stack([scale.x[id(side[i])] for side in sides])
         gram = x.mT @ gram @ x
     return gram
 
