@@ -1,17 +1,14 @@
-"""A model's adapter: save it, load it, and start a training from it.
+"""A model's adapter: save it, load it, and start a training from it. :mod:`loralib.adapter_folder` has the files.
 
-**What is stored**: the part of each factor that belongs to live singular values (those that are not exactly 0), and
-the head: all other trainable parameters, and the buffers that training changes. A factor that layers share is stored
-once. :mod:`loralib.adapter_folder` describes the files.
-
-Before a model is changed, the folder's checksums, its fit to the model and the base's weights are checked.
+Stored is the part of each factor that belongs to live singular values (those that are not exactly 0), once if layers
+share it, and the head: all other trainable parameters, and the buffers that training changes. Before a model is
+changed, the folder's checksums, its fit to the model and the base's weights are checked.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loralib.adapter_folder import AdapterConfig, LayerGroup, read_adapter, write_adapter
+from loralib.adapter_folder import AdapterConfig, LayerGroup, base_config_of, name_on_hub, read_adapter, write_adapter
 from loralib.checks import check_choice
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import KINDS, check_replaceable, is_linear, put_in_place
 from loralib.layers import LoRALayer
 from loralib.model import (
-    factors_of,
     head_tensors,
     live_singular_values,
+    mark_only_lora_as_trainable,
     own_layers,
     unwrapped,
     unwrapped_throughout,
@@ -49,16 +46,14 @@ def save_adapter(
 ) -> Path:
     """Write the factors of all low-rank layers, and the head, to a folder.
 
-    Singular values that are exactly 0 are left out, see :func:`loralib.compact`. If the model has no low-rank layers,
-    the adapter holds its trainable parameters. Wrappers of the model or its parts (``torch.compile``, data-parallel,
-    averaged, activation checkpoints) leave no trace in the names. All processes of a process group, or only one of
-    them, may call this function: they take turns, and each returns after the folder has been written.
+    Without low-rank layers the adapter holds the trainable parameters. Wrappers of the model or its parts
+    (``torch.compile``, data-parallel, averaged, activation checkpoints) leave no trace in the names. All processes of a
+    group, or only one of them, may call this: they take turns, and each returns after the folder has been written.
 
     Args:
         folder: an adapter's files in it are replaced; other files stay.
-        base_model, base_revision: name and revision of the base on the hub, only recorded; by default those in the
-            ``config`` of a transformers model (5.24 writes no revision there). If the name is a path, only its last
-            part is recorded.
+        base_model, base_revision: name (of a path, the last part) and revision of the base on the hub, only recorded;
+            by default those in the ``config`` of a transformers model (5.24 writes no revision there).
         card: JSON values, recorded under "card"; README.md shows task, method, metric, score and notes, and how_to_load
             (Markdown) in place of its own text.
         save_tokenizer: called to write the tokenizer's files into the folder too, e.g. ``tokenizer.save_pretrained``.
@@ -67,20 +62,16 @@ def save_adapter(
         The folder.
 
     Raises:
-        ValueError: if no parameter is trainable, peft or a MultiAdapter holds the layers, a file would replace one that
+        ValueError: if no parameter is trainable, peft holds the layers, a file would replace one that
             is not an adapter's, a value is NaN or a factor infinite, or JSON cannot hold ``card``.
     """
     with unwrapped_throughout(model) as model:
         layers = own_layers(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("nothing to save: no parameter is trainable; unfreeze the factors and the head first")
-        live = live_singular_values(layers)
-        factors, tied = _stored_factors(layers, live)
-        head = head_tensors(model)
+        live, head = live_singular_values(layers), head_tensors(model)
+        stored, tied = _stored_tensors(model, layers, live, head)
         groups = _groups(layers, live)
-        card = dict(card or {})
-        if layers and (second := second_name(model, layers, head)):
-            card["peft_lacks"] = second
         of_transformers = getattr(model, "config", None)
         if base_model is None:
             base_model = getattr(of_transformers, "_name_or_path", None)
@@ -90,41 +81,36 @@ def save_adapter(
             groups=groups,
             tied=tied,
             head=sorted(head),
-            architecture=type(model).__name__.removeprefix("FSDP"),  # fully_shard adds this prefix
-            base_config=_base_config(of_transformers),
+            architecture=type(model).__name__.removeprefix("FSDP"),  # a prefix of fully_shard
+            base_config=base_config_of(of_transformers),
             base_model=name_on_hub(base_model),
             base_revision=base_revision,
             base_fingerprint=base_fingerprint(model, head),
-            card=card,
+            card=dict(card or {}),
         )
-        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in {**factors, **head}.items()}
+        stored = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}
     write_adapter(folder, config, stored, adapter_card(config), save_tokenizer)
     return Path(folder)
 
 
-def _named_factors(layer_name: str, layer: LoRALayer) -> dict[str, nn.Parameter]:
-    """``layer.lora_parameters()``, in that order, by the names that they have in the model."""
+def _live_factors(layer_name: str, layer: LoRALayer, live: Sequence[int]) -> list[tuple[str, nn.Parameter, Tensor]]:
+    """(Name in the model, factor, its part for the live singular values) of each factor; empty if none is live."""
     names = {id(parameter): name for name, parameter in layer.named_parameters(layer_name)}
-    return {names[id(parameter)]: parameter for parameter in layer.lora_parameters()}
+    parts = zip(layer.lora_parameters(), layer.select(live), strict=True) if live else ()
+    return [(names[id(parameter)], parameter, values) for parameter, values in parts]
 
 
-def _stored_factors(
-    layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]]
+def _stored_tensors(
+    model: nn.Module, layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]], head: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(Tensors to store by name, each parameter once; other names of these parameters -> stored name)."""
-    tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    owners: dict[int, str] = {}
-    for layer_name in sorted(layers, key=lambda name: not live[name]):  # layers with something to store come first
-        layer, kept = layers[layer_name], live[layer_name]
-        named = _named_factors(layer_name, layer).items()
-        for (name, parameter), values in zip(named, layer.select(kept), strict=True):
-            owner = owners.setdefault(id(parameter), name) if kept else owners.get(id(parameter))
-            if owner == name:
-                tensors[name] = values
-            elif owner is not None:  # a layer with nothing to store still records which factors it shares
-                tied[name] = owner
-    return tensors, tied
+    """(Tensors to store by name, each of the model's once; other names of these in the model -> stored name)."""
+    stored, owners = dict(head), {id(tensor): name for name, tensor in head.items()}
+    for layer_name, layer in layers.items():
+        for name, parameter, values in _live_factors(layer_name, layer, live[layer_name]):
+            if owners.setdefault(id(parameter), name) == name:
+                stored[name] = values
+    names = model.state_dict(keep_vars=True).items()
+    return stored, {name: owners[id(tensor)] for name, tensor in names if owners.get(id(tensor), name) != name}
 
 
 def _groups(layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]]) -> list[LayerGroup]:
@@ -137,49 +123,19 @@ def _groups(layers: Mapping[str, LoRALayer], live: Mapping[str, list[int]]) -> l
     return list(groups.values())
 
 
-def name_on_hub(recorded: Any) -> str | None:
-    """The name of a base on the hub, or the last part of a path on a local disk; None for anything else."""
-    name = os.fspath(recorded) if isinstance(recorded, str | os.PathLike) else ""
-    on_the_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not os.path.exists(name)
-    return name if on_the_hub else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or None
-
-
-def _base_config(config: Any) -> dict[str, Any]:
-    """Labels, problem type and padding token of a transformers model's configuration; empty for any other object."""
-    labels = getattr(config, "id2label", None)
-    if not isinstance(labels, Mapping):
-        return {}
-    padding = getattr(config, "pad_token_id", None)
-    return {
-        "id2label": {str(number): str(name) for number, name in labels.items()},
-        "problem_type": getattr(config, "problem_type", None),
-        **({} if padding is None else {"pad_token_id": padding}),
-    }
-
-
-def second_name(model: nn.Module, layers: Mapping[str, LoRALayer], head: Mapping[str, Tensor]) -> str | None:
-    """A second name that weight tying gives an adapted module or a trained tensor; None if there is none."""
-    named = model.named_modules(remove_duplicate=False)
-    of_modules = [name for name, module in named if isinstance(module, LoRALayer) and name not in layers]
-    trained, state = set(map(id, head.values())), model.state_dict(keep_vars=True)
-    of_tensors = [name for name, tensor in state.items() if id(tensor) in trained and name not in head]
-    return next(iter(of_modules + of_tensors), None)
-
-
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_other_base: bool = False) -> AdapterConfig:
     """Put a saved adapter on ``model`` in place. The logits are then bit for bit those of the model that was saved.
 
-    The model is the plain base, or it has low-rank layers for exactly the adapter's modules, with the same rank and
-    widths. Their factors are then overwritten. Afterwards only the adapter's parameters are trainable, and the
+    The model is the plain base, or its low-rank layers are for exactly the adapter's modules, with the same rank and
+    widths; their factors are then overwritten. Afterwards only the adapter's parameters are trainable, and the
     ``config`` of a transformers model has the labels, the problem type and the padding token of the saved one.
 
-    Factors that were saved in half precision are loaded as float32; the logits then agree up to rounding. Load an
-    adapter that was trained on frozen bfloat16 weights onto the float32 base and call ``cast_frozen`` afterwards. A
-    pruned singular value is loaded as 0, and so are its column of B and row of A, so that it gets no gradient.
-    :func:`loralib.compact` drops it, and :func:`start_from_adapter` lets it grow again.
+    Load an adapter that was trained on frozen bfloat16 weights onto the float32 base and call ``cast_frozen``
+    afterwards. A pruned singular value is loaded as 0, and so are its column of B and row of A, so that it gets no
+    gradient. :func:`loralib.compact` drops it, and :func:`start_from_adapter` lets it grow again.
 
     Args:
         allow_other_base: accept a base with other weights than those the adapter was trained on.
@@ -192,63 +148,57 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], *, allow_othe
             with other weights, unless allowed; other low-rank layers; a merged model. The model is unchanged then.
     """
     model, (config, tensors) = unwrapped(model), read_adapter(folder)
-    layers = fitting_layers(model, config, tensors)
+    layers = _fitting_layers(model, config, tensors)
     if not allow_other_base:
-        check_base(model, config)
-    install(model, config, tensors, layers)
+        _check_base(model, config)
+    _install(model, config, tensors, layers)
     return config
 
 
-def fitting_layers(
-    model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], *, any_head_size: bool = False
-) -> dict[str, LoRALayer]:
+def _fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, LoRALayer]:
     """The layers for an adapter by module name: the model's own, or new ones over its weights. Nothing is changed.
 
     Raises:
         ValueError: if a layer is merged; if the adapter has other modules, initial ranks or shapes than the model; if a
             tensor is missing or left over; or if tensors are one in the model and two in the adapter. The base's
-            weights are not checked here, and with ``any_head_size`` neither are the shapes of the head.
+            weights are not checked here.
     """
     layers = own_layers(model) or _new_layers(model, config, tensors)
     if any(layer.merged for layer in layers.values()):
         raise ValueError("the model holds a merged adapter: call unmerge_adapter() first")
     if odd := set(config.modules) ^ set(layers):
         raise ValueError(f"the adapter adapts other modules than the model (see {min(odd)}): adapt the same modules")
-    places = _places(model, config, layers)
-    any_size = config.head if any_head_size else ()
-    for name in sorted((tensors.keys() - config.tied.keys()) | places.keys() | set(config.head)):
+    state = model.state_dict(keep_vars=True)
+    needed = {name: (state[name], tuple(state[name].shape)) for name in config.head if name in state}
+    for name, group in config.modules.items():
+        layer = layers[name]
+        if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
+            raise ValueError(f"{name} has rank {layer.initial_r} (now {layer.r}): {_origin(config)}")
+        for factor, parameter, values in _live_factors(name, layer, group.live(name)):
+            if factor not in config.head:
+                needed[factor] = parameter, tuple(values.shape)
+    _check_tensors(config, tensors, needed)
+    return layers
+
+
+def _check_tensors(
+    config: AdapterConfig, tensors: Mapping[str, Tensor], needed: Mapping[str, tuple[Tensor, tuple[int, ...]]]
+) -> None:
+    """Raises ValueError unless the adapter holds the ``needed`` tensors (name -> the model's own, shape) and no others,
+    and those that are one in the model are equal."""
+    for name in sorted((tensors.keys() - config.tied.keys()) | needed.keys() | set(config.head)):
         there = tuple(tensors[name].shape) if name in tensors else "nothing"
-        here = places[name][1] if name in places else "nothing"
-        if "nothing" in (there, here) or (there != here and name not in any_size):
+        here = needed[name][1] if name in needed else "nothing"
+        if there != here or name not in needed:
             raise ValueError(f"{name}: the adapter holds {there}, the model needs {here}: {_origin(config)}")
     names: dict[int, str] = {}  # id of a tensor of the model -> its first name
-    for name, (tensor, _) in places.items():
+    for name, (tensor, _) in needed.items():
         first = names.setdefault(id(tensor), name)
         if tensors[first] is not tensors[name] and not torch.equal(tensors[first], tensors[name]):
             raise ValueError(
                 f"{first} and {name} are one tensor in the model and two in the adapter: untie the weights, or leave "
                 "share_outer out"
             )
-    return layers
-
-
-def _places(
-    model: nn.Module, config: AdapterConfig, layers: Mapping[str, LoRALayer]
-) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
-    """Name of each tensor that the adapter must hold -> (the model's tensor for it, and its shape, of a factor that of
-    the live part). Raises ValueError if a layer has another initial rank, or fewer singular values than the adapter."""
-    state = model.state_dict(keep_vars=True)
-    places = {name: (state[name], tuple(state[name].shape)) for name in config.head if name in state}
-    for name, group in config.modules.items():
-        layer, live = layers[name], group.live(name)
-        if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
-            raise ValueError(f"{name} has rank {layer.initial_r} (now {layer.r}): {_origin(config)}")
-        if live:
-            named = _named_factors(name, layer).items()
-            for (factor, parameter), values in zip(named, layer.select(live), strict=True):
-                if factor not in config.head:
-                    places[factor] = parameter, tuple(values.shape)
-    return places
 
 
 def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, LoRALayer]:
@@ -278,7 +228,7 @@ def _new_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[str, T
     return layers
 
 
-def check_base(model: nn.Module, config: AdapterConfig) -> None:
+def _check_base(model: nn.Module, config: AdapterConfig) -> None:
     """Raises ValueError unless the base's weights are those that the adapter was trained on."""
     if base_fingerprint(model, config.head) != config.base_fingerprint:
         raise ValueError(
@@ -294,43 +244,28 @@ def _origin(config: AdapterConfig) -> str:
     return made_for + (f" with layers {layers:.200}" if layers else "")
 
 
-def install(
+def _install(
     model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, LoRALayer]
 ) -> None:
-    """Change the model as :func:`load_adapter` does; ``layers`` are those of :func:`fitting_layers`."""
     put_in_place(model, {id(model.get_submodule(name)): layer for name, layer in layers.items()})
-    write_factors(layers, config, tensors)
-    model.requires_grad_(False)
-    for factor in factors_of(model):
-        factor.requires_grad_(True)
-    for place in config_places(model, config):
-        setattr(*place)
+    for name, group in config.modules.items():
+        layer = layers[name]
+        layer.lora_alpha, layer.lora_dropout.p, layer.init = group.lora_alpha, group.lora_dropout, group.init
+        for parameter in layer.lora_parameters():
+            parameter.data.zero_()  # so that nothing is left of pruned values
+    _write_live_values(layers, config, tensors)
+    mark_only_lora_as_trainable(model)
+    options = config.head_options() if hasattr(model, "config") else {}
+    if options and vars(model).get("num_labels", 0) == getattr(model.config, "num_labels", None):
+        model.num_labels = len(options["id2label"])  # type: ignore[assignment]  # the model's loss reads it
+    for name, value in options.items():
+        setattr(model.config, name, value)
     state = model.state_dict(keep_vars=True)
     for name in config.head:
         with torch.no_grad():
             state[name].copy_(tensors[name])
         if isinstance(state[name], nn.Parameter):
             state[name].requires_grad_(True)
-
-
-def config_places(model: nn.Module, config: AdapterConfig) -> list[tuple[Any, str, Any]]:
-    """(owner, attribute, value): what the adapter sets in a transformers model and in its ``config``."""
-    options = config.head_options() if hasattr(model, "config") else {}
-    places: list[tuple[Any, str, Any]] = [(model.config, name, value) for name, value in options.items()]
-    if options and vars(model).get("num_labels", 0) == getattr(model.config, "num_labels", None):  # its loss reads it
-        places.append((model, "num_labels", len(options["id2label"])))
-    return places
-
-
-@torch.no_grad()
-def write_factors(layers: Mapping[str, LoRALayer], config: AdapterConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Give layers the adapter's settings and factors. Pruned values, and their columns of B and rows of A, become 0."""
-    for name, group in config.modules.items():
-        layer = layers[name]
-        layer.lora_alpha, layer.lora_dropout.p, layer.init = group.lora_alpha, group.lora_dropout, group.init
-        for parameter in layer.lora_parameters():
-            parameter.zero_()
-    _write_live_values(layers, config, tensors)
 
 
 @torch.no_grad()
@@ -343,7 +278,7 @@ def _write_live_values(layers: Mapping[str, LoRALayer], config: AdapterConfig, t
         if layer.r:
             layer.starts_at_zero.zero_()
         if live:
-            layer.scatter(live, [tensors[factor] for factor in _named_factors(name, layer)])
+            layer.scatter(live, [tensors[factor] for factor, *_ in _live_factors(name, layer, live)])
             layer.starts_at_zero[..., live] *= group.lora_alpha / layer.lora_alpha
 
 
@@ -355,10 +290,8 @@ def start_from_adapter(
 ) -> AdapterConfig:
     """Start a training from the update of a saved adapter: copy its factors into the model's own low-rank layers.
 
-    ΔW is then the adapter's. If lora_alpha differs, the singular values (for LoRA and SoRA: B) are rescaled to make up
-    for it. Of a pruned singular value, the factor that starts at 0 becomes 0: e, for SoRA its column of B. The others
-    are those of the model's own layers (after ``inject``: random ones), so that it can grow again. The head and the
-    ``requires_grad`` flags are not changed.
+    ΔW is then the adapter's, also if lora_alpha differs. A pruned singular value is 0 and can grow again from the
+    layer's own factors (after ``inject``: random ones). The head and the ``requires_grad`` flags are not changed.
 
     Args:
         model: after :func:`loralib.inject`, with the adapter's modules, kind of layers, rank and widths.
@@ -374,8 +307,8 @@ def start_from_adapter(
     if not own_layers(model):
         raise ValueError("the model has no low-rank layers to start with: call inject() first")
     factors = {name: tensor for name, tensor in tensors.items() if name not in config.head}
-    layers = fitting_layers(model, replace(config, head=[]), factors)
+    layers = _fitting_layers(model, replace(config, head=[]), factors)
     if not allow_other_base:
-        check_base(model, config)
+        _check_base(model, config)
     _write_live_values(layers, config, tensors)
     return config

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -68,14 +68,14 @@ class AdapterConfig:
     Attributes:
         kind: the kinds of the layers, joined by "+", or "parameters" if there are no layers (BitFit, full fine-tuning).
         groups: the low-rank layers.
-        tied: parameter name -> name of the stored tensor that is the same parameter (shared outer factors).
+        tied: name in the model -> name of the stored tensor that is the same one there (shared outer factors, tied
+            weights).
         head: names of the other trained parameters, and of the saved buffers that training changes.
         architecture: class of the model. base_config: labels, problem type and padding token from the model's
             ``config``; they are needed to rebuild the base. base_model, base_revision: name and revision of the base on
             the hub, or None.
         base_fingerprint: see :func:`loralib.base_fingerprint`.
-        card: anything that the caller added: task, metric, score, …; and "peft_lacks", a second name of an adapted
-            module or trained tensor (weight tying). peft's format cannot hold a second name.
+        card: anything that the caller added: task, metric, score, ….
         library, library_version: what wrote the folder. format_version: version of the folder's format.
         weights_sha256: checksum of the tensors' file. The JSON file also has "config_sha256", over all other entries.
     """
@@ -116,13 +116,29 @@ class AdapterConfig:
         return {"id2label": id2label, "label2id": label2id, "problem_type": self.base_config["problem_type"], **padding}
 
 
-def _config_of(values: dict[str, Any]) -> AdapterConfig:
-    """Build the configuration and check its types. Whether it fits a model is checked when the layers are built.
+def name_on_hub(recorded: Any) -> str | None:
+    """The name of a base on the hub, or the last part of a path on a local disk; None for anything else."""
+    name = os.fspath(recorded) if isinstance(recorded, str | os.PathLike) else ""
+    on_the_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not os.path.exists(name)
+    return name if on_the_hub else re.split(r"[/\\]", name.rstrip("/\\"))[-1] or None
 
-    Raises:
-        ValueError: for a wrong key or type. Checksums alone are not enough: they detect damage, but the author of a
-            malicious folder can compute them.
-    """
+
+def base_config_of(config: Any) -> dict[str, Any]:
+    """Labels, problem type and padding token of a transformers model's configuration; empty for any other object."""
+    labels = getattr(config, "id2label", None)
+    if not isinstance(labels, Mapping):
+        return {}
+    padding = getattr(config, "pad_token_id", None)
+    return {
+        "id2label": {str(number): str(name) for number, name in labels.items()},
+        "problem_type": getattr(config, "problem_type", None),
+        **({} if padding is None else {"pad_token_id": padding}),
+    }
+
+
+def _config_of(values: dict[str, Any]) -> AdapterConfig:
+    """Build the configuration. Raises ValueError for a wrong key or type: checksums detect damage, but the author of a
+    malicious folder can compute them."""
     try:
         config = AdapterConfig(**values | {"groups": [LayerGroup(**group) for group in values["groups"]]})
     except (TypeError, KeyError) as error:  # an unknown or a missing key, or no list of objects
@@ -162,8 +178,7 @@ def write_adapter(
     card: str,
     save_tokenizer: Callable[[Path], Any] | None,
 ) -> None:
-    """Write adapter_config.json, adapter_model.safetensors, README.md with the text ``card`` and the tokenizer's files,
-    see :func:`loralib.files.new_files`.
+    """Write the folder's files, README.md with the text ``card``, see :func:`loralib.files.new_files`.
 
     Raises:
         ValueError: if a file would replace one that is not an adapter's, or :func:`read_adapter` would refuse a value.
@@ -222,16 +237,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[st
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
-    """Read and check ``adapter_config.json``.
-
-    Raises:
-        ValueError: if it is missing, malformed, edited or of another format.
-    """
+    """Read ``adapter_config.json``. Raises ValueError if it is missing, malformed, edited or of another format."""
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path, ADVICE)
     if "peft_type" in values:
-        command = f"python -m loralib.export {shlex.quote(str(folder))} --to loralib OUT --base BASE"
-        raise ValueError(f"{folder} is a peft adapter: `{command}` imports it")
+        raise ValueError(f"{folder} is a peft adapter: load it with peft (PeftModel.from_pretrained)")
     if (version := values.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version is {version!r}, this loralib reads {FORMAT_VERSION}: update loralib")
     if values.pop("config_sha256", None) != _config_digest(values):
@@ -243,14 +253,8 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
 
 
 def read_tensors(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors in a safetensors file.
-
-    Args:
-        sha256: the checksum that the file must have; None accepts any.
-
-    Raises:
-        ValueError: if the file is missing, changed or not a safetensors file, or holds NaN or, in a factor, infinity.
-    """
+    """The tensors in a safetensors file. Raises ValueError if it cannot be read, has another checksum than ``sha256``
+    (None: any will do), or holds NaN or, in a factor, infinity."""
     try:
         data = path.read_bytes()
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:

@@ -17,8 +17,8 @@ def merge_adapter(model: nn.Module) -> None:
     The state dict still holds W and the factors: use :func:`merge_and_unload` for a model to save.
 
     Raises:
-        ValueError: if a weight is quantised, sharded or computed by a hook, if another module uses it too (tied
-            weights), or if peft or a MultiAdapter holds the layers. Nothing is merged then.
+        ValueError: if a weight is quantised, sharded, computed by a hook or tied to another module's, or if peft holds
+            the layers. Nothing is merged then.
     """
     layers = own_layers(model)
     users: dict[int, list[str]] = defaultdict(list)
@@ -37,11 +37,7 @@ def merge_adapter(model: nn.Module) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Undo :func:`merge_adapter` bit for bit.
-
-    Raises:
-        ValueError: if peft or a MultiAdapter holds the layers.
-    """
+    """Undo :func:`merge_adapter` bit for bit."""
     for layer in own_layers(model).values():
         layer.unmerge()
 
@@ -49,13 +45,10 @@ def unmerge_adapter(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Merge the adapter and replace the low-rank layers with plain linear layers that hold W + ΔW, in place.
 
-    Save the adapter first: afterwards ``save_adapter`` finds only the head.
+    Save the adapter first: afterwards ``save_adapter`` finds only the head. Raises as :func:`merge_adapter`.
 
     Returns:
         The :func:`unwrapped <loralib.model.unwrapped>` model, which other tools can save and load.
-
-    Raises:
-        ValueError: as :func:`merge_adapter`.
     """
     merge_adapter(model)
     model = unwrapped(model)

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from loralib.checks import check_choice
 from loralib.layers import LoRALayer
 from loralib.update import LowRankUpdate
 
-HOLDER = "_multi_adapter"  # the attribute of a model with the MultiAdapter that has adapters for it
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
@@ -53,17 +51,12 @@ def factors_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """:func:`lora_layers` of a model in which no other tool holds them.
-
-    Raises:
-        ValueError: if peft or a MultiAdapter holds them: it saves, merges and shrinks them.
-    """
+    """:func:`lora_layers` of a model in which peft does not hold them. Raises ValueError if it does: then it saves,
+    merges and shrinks them."""
     found = lora_layers(model)
     layers = {name: layer for name, layer in found.items() if isinstance(layer, LoRALayer)}
     if len(layers) < len(found):
         raise ValueError("peft holds the low-rank layers: use the PeftModel's methods")
-    if getattr(getattr(unwrapped(model), HOLDER, None), "active", None) is not None:
-        raise ValueError("the model holds the active adapter of a MultiAdapter: call its activate(None) first")
     return layers
 
 
@@ -92,19 +85,17 @@ def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LowRankUpdat
 
 
 def compact(model: nn.Module) -> dict[str, int]:
-    """Drop the pruned singular values of all layers in place. The outputs and the scaling stay the same.
+    """Drop the pruned singular values, those that are exactly 0, of all layers in place. The outputs stay the same.
 
-    A singular value counts as pruned if it is exactly 0. A model whose singular values are all 0 counts as untrained
-    and keeps them all. Plain LoRA has no singular values and keeps its rank.
-
-    Each layer then has its own rank; a layer with none left has no factors at all. The shrunk factors are new
-    parameters: create the optimiser afterwards. A pruning that has begun cannot go on with them.
+    A model whose singular values are all 0 counts as untrained and keeps them all. Plain LoRA keeps its rank. A layer
+    with no singular value left has no factors at all. The shrunk factors are new parameters: create the optimiser
+    afterwards. A pruning that has begun cannot go on with them.
 
     Returns:
         Module name -> new rank.
 
     Raises:
-        ValueError: if peft or a MultiAdapter holds the layers.
+        ValueError: if peft holds the layers.
     """
     return drop_pruned(own_layers(model))
 
@@ -127,50 +118,19 @@ def live_singular_values(layers: Mapping[str, LowRankUpdate]) -> dict[str, list[
     return {name: list(range(layer.r)) for name, layer in layers.items()}
 
 
-def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Make the factors of the low-rank layers and the chosen biases trainable, and freeze everything else.
-
-    Args:
-        bias: which biases train too: ``"none"``, ``"all"``, or ``"lora_only"`` for those of the low-rank layers.
-
-    Raises:
-        ValueError: for another ``bias``, or a model without low-rank layers.
-    """
-    adapter = _factors_and_biases(model, bias)
+def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    """Make the factors of all low-rank layers trainable, and freeze everything else. The name is that of Microsoft's
+    ``loralib``; :func:`loralib.inject` freezes the base by itself."""
     model.requires_grad_(False)
-    for parameter in adapter.values():
-        parameter.requires_grad_(True)
+    for factor in factors_of(model):
+        factor.requires_grad_(True)
 
 
-def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
-    """The parameters that :func:`mark_only_lora_as_trainable` makes trainable, by their (first) name.
-
-    Provided for compatibility with Microsoft's ``loralib``; :func:`loralib.save_adapter` writes a file. Names are those
-    of the :func:`unwrapped` model; one with the same layers loads them with ``load_state_dict(state, strict=False)``.
-
-    Raises:
-        ValueError: for another ``bias``, or a model without low-rank layers.
-    """
-    return {name: parameter.detach() for name, parameter in _factors_and_biases(model, bias).items()}
-
-
-def _factors_and_biases(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
-    check_choice("bias", bias, ("none", "all", "lora_only"))
-    if not lora_layers(model):
-        raise ValueError("the model has no low-rank layers: call inject() first")
-    wanted = set(map(id, factors_of(model)))
-    if bias == "lora_only":
-        wanted |= {id(layer.bias) for layer in own_layers(model).values()}
-    if bias == "all":
-        wanted |= {id(each) for name, each in model.named_parameters() if is_bias(name)}
-    # named_parameters() lists a shared parameter only once.
-    return {name: each for name, each in unwrapped(model).named_parameters() if id(each) in wanted}
-
-
-def is_bias(name: str) -> bool:
-    """Whether a parameter is a bias: also in_proj_bias and nn.LSTM's bias_ih_l0, not a table of position biases."""
-    own = name.rpartition(".")[2]
-    return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The factors of all low-rank layers by their (first) name in the :func:`unwrapped` model. The name is that of
+    Microsoft's ``loralib``; :func:`loralib.save_adapter` writes a file, with the head."""
+    factors = set(map(id, factors_of(model)))
+    return {name: p.detach() for name, p in unwrapped(model).named_parameters() if id(p) in factors}
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Connections to other tools: peft, transformers' models, export, several adapters at once, precision, sharding."""
+"""Connections to other tools: peft, transformers' models, export, precision, sharding."""

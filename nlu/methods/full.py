@@ -16,9 +16,13 @@ def _full(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     return AppliedMethod(model)
 
 
-def _bitfit(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    from loralib.model import is_bias
+def is_bias(name: str) -> bool:
+    """Whether a parameter is a bias: also in_proj_bias and nn.LSTM's bias_ih_l0, not a table of position biases."""
+    own = name.rpartition(".")[2]
+    return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
 
+
+def _bitfit(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     biases = [p for name, p in model.base_model.named_parameters() if is_bias(name)]
     if not biases:
         raise UsageError(f"--method bitfit: {type(model).__name__} has no biases to train; name another method")

@@ -6,7 +6,6 @@ import transformers
 from torch import nn
 
 import loralib
-from loralib.model import is_bias
 from tests.loralib import small
 from tests.loralib.small import encoder, refused
 
@@ -70,26 +69,14 @@ def test_a_refused_injection_changes_nothing():
         loralib.inject(model, "lora2", ["query", "key"])
 
 
-def test_is_bias_excludes_tables_of_position_biases():
-    names = ("a.bias", "in_proj_bias", "lstm.bias_ih_l0", "attn.relative_position_bias_table", "bias_net.weight")
-    assert [is_bias(name) for name in names] == [True, True, True, False, False]
-
-
-@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_mark_only_lora_as_trainable_and_its_state_dict(bias):
+def test_mark_only_lora_as_trainable_and_its_state_dict():
     model = build("bert")
-    with pytest.raises(ValueError, match="inject"):
-        loralib.mark_only_lora_as_trainable(model)
     loralib.inject(model, "lora2", ["query", "value"], r=2, k=2)
     model.requires_grad_(True)
-    loralib.mark_only_lora_as_trainable(model, bias)
+    loralib.mark_only_lora_as_trainable(model)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    factors = {n for n in trainable if "lora_" in n}
-    biases = {n for n, _ in model.named_parameters() if n.endswith("bias")}
-    of_layers = {n for n in biases if "self.query" in n or "self.value" in n}
-    assert len(factors) == 4 * 5
-    assert trainable - factors == {"none": set(), "all": biases, "lora_only": of_layers}[bias]
-    assert set(loralib.lora_state_dict(model, bias)) == trainable
+    assert trainable == {n for n, _ in model.named_parameters() if ".lora_" in n} and len(trainable) == 4 * 5
+    assert set(loralib.lora_state_dict(model)) == trainable
 
 
 def test_all_linear_selects_all_but_the_head_and_auto_prefers_the_published_names():

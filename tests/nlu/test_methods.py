@@ -16,6 +16,7 @@ import loralib
 from nlu import ROOT, fine_tuning
 from nlu.command_line import parse_arguments
 from nlu.errors import UsageError
+from nlu.methods.full import is_bias
 from nlu.methods.method import head_parameters
 from nlu.methods.peft_methods import make_peft_config
 from nlu.methods.registry import METHODS, _by_name, apply_without_weights, count_parameters, method_arguments
@@ -278,6 +279,11 @@ def test_a_run_imports_neither_peft_nor_the_metrics_libraries_unless_it_uses_the
 
 
 # ---- peft ----------------------------------------------------------------------------------------------------------
+
+
+def test_is_bias_excludes_tables_of_position_biases():
+    names = ("a.bias", "in_proj_bias", "lstm.bias_ih_l0", "attn.relative_position_bias_table", "bias_net.weight")
+    assert [is_bias(name) for name in names] == [True, True, True, False, False]
 
 
 def test_pruned_parameters_of_pefts_adalora_are_the_rows_and_columns_of_its_zeros():
