@@ -136,7 +136,7 @@ def locked(path: Path, in_use: Exception | None = None, *, shared: bool = False)
 
     Args:
         path: an existing folder, or a lock file, which is made if it is missing (network disks lock files only).
-        in_use: raised if another process holds the lock. None waits until it is released.
+        in_use: raised if another process holds the lock; without it, the call waits.
         shared: any number of readers may hold the lock, but no writer beside them.
     """
     held: list[int] = []  # the descriptor, until it is closed

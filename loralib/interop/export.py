@@ -1,8 +1,7 @@
-"""Convert an adapter: to a peft adapter, to a plain checkpoint with the adapter merged, or from a peft adapter.
+"""Convert an adapter to a peft adapter, or to a plain checkpoint with the adapter merged.
 
     python -m loralib.export ADAPTER --to peft OUT          (a loralib adapter, or peft's AdaLoRA or LoRA², to a LoRA)
     python -m loralib.export ADAPTER --to merged OUT --base MODEL
-    python -m loralib.export PEFT_ADAPTER --to loralib OUT --base MODEL
 
 A merged weight is W + ΔW, rounded to the checkpoint's precision. In float32 the logits change by less than 1e-5. In
 bfloat16 (--dtype bfloat16) a weight has 8 significant bits. docs/adapters.md lists measured differences.
@@ -17,20 +16,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from torch import Tensor
 
-from loralib.adapter import load_adapter, name_on_hub, save_adapter
+from loralib.adapter import load_adapter
 from loralib.adapter_folder import CARD_FILE, copy_tokenizer, has_tokenizer, read_adapter_config
 from loralib.files import new_files, refuse_files
-from loralib.interop.peft_format import TASK_TYPES, export_peft, import_peft, read_pairs, refuse_other_format
-from loralib.interop.transformers_models import (
-    load_base,
-    load_base_of,
-    processor_of,
-    quiet_transformers,
-    revision_of,
-)
+from loralib.interop.peft_format import export_peft
+from loralib.interop.transformers_models import load_base_of, processor_of, quiet_transformers
 from loralib.merging import merge_and_unload
 from loralib.model_card import adapter_card
 
@@ -87,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("adapter", help="folder of the adapter")
-    add("out", help="folder to write: a new one, or (peft, loralib) that of an earlier adapter of this format")
-    add("--to", required=True, choices=("peft", "merged", "loralib"), help="what to write")
+    add("out", help="folder to write: a new one, or for peft that of an earlier peft adapter")
+    add("--to", required=True, choices=("peft", "merged"), help="what to write")
     add("--base", default=None, help="name or path of the base model; --to peft only records it")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="with --to merged: dtype of the weights (float32)")
     add("--allow_other_base", action="store_true", help="with --to merged: accept a base with other weights")
@@ -107,59 +98,17 @@ def run(argv: Sequence[str] | None = None) -> None:
         print(f"{out}: peft adapter, {len(ranks)} modules of rank {least} to {most}")
     elif base is None:
         raise ValueError(f"--to {to} needs the base model: give --base NAME_OR_PATH")
-    elif to == "merged":
+    else:
         dtype = options.pop("dtype", "float32")
         export_merged(adapter, out, base, dtype=getattr(torch, dtype), **options)
         print(f"{out}: plain {dtype} checkpoint")
-    else:
-        _import(adapter, out, base)
-
-
-def _import(adapter: str, out: str, base: str) -> None:
-    refuse_other_format(out, peft=False)
-    values, _, head = read_pairs(adapter)
-    name = name_on_hub(values.get("base_model_name_or_path"))
-    revision = revision_of(name, values.get("revision"), base)
-    model = load_base(base, _class_for(values.get("task_type"), base, revision), **_label_count(head), **revision)
-    import_peft(model, adapter)
-    save_adapter(
-        model, out, base_model=name, base_revision=revision.get("revision"),
-        save_tokenizer=lambda new: copy_tokenizer(adapter, new),
-    )  # fmt: skip
-    print(f"{out}: lora adapter")
-
-
-def _class_for(task_type: str | None, base: str, revision: dict[str, str]) -> str:
-    """The model class that belongs to a peft adapter's task type."""
-    import transformers
-
-    ending = next((ending for ending, name in TASK_TYPES.items() if name == task_type), None)
-    if ending is not None:
-        return f"AutoModelFor{ending}"
-    if task_type == "FEATURE_EXTRACTION":  # the encoder of a checkpoint that may have a head
-        return "AutoModel"
-    config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False, **revision)
-    return (config.architectures or ["AutoModel"])[0]
-
-
-def _label_count(head: dict[str, Tensor]) -> dict[str, int]:
-    """``num_labels``: the rows of the classifier's last matrix, if the peft adapter has a classifier."""
-    matrices = [n for n in sorted(head) if n.endswith(".weight") and {"classifier", "score"} & set(n.split("."))]
-    return {"num_labels": head[matrices[-1]].shape[0]} if matrices else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. Returns the exit code: 2, with one line on stderr, for bad input or a disk error; 130 after
-    Ctrl-C. argparse itself reports unknown arguments."""
+    """Run the command. Returns the exit code: 2, with one line on stderr, for bad input or a disk error."""
     try:
         run(argv)
-        return 0
-    except KeyboardInterrupt:
-        print("stopped: no file is left half-written", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:  # loralib is installed without the extra "glue"
-        reason = f"this needs the package {error.name}: in a clone, pip install '.[glue]'"
-    except (ValueError, OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-    print(f"error: {reason}", file=sys.stderr)
-    return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

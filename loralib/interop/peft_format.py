@@ -1,4 +1,4 @@
-"""Convert loralib adapters to peft's LoRA, and peft's LoRA, AdaLoRA and LoRA² to loralib. peft need not be installed.
+"""Convert adapters of loralib, and of peft's AdaLoRA and LoRA², to peft's LoRA. peft need not be installed.
 
 A layer with singular values becomes an ordinary LoRA pair of its true rank: the factors of ΔW = s · B₀ … diag(e) … A₀
 are multiplied out on both sides of the narrowest place, and peft's scaling lora_alpha / r is 1.
@@ -7,7 +7,6 @@ are multiplied out on both sides of the narrowest place, and peft's scaling lora
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -18,9 +17,8 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loralib.adapter import fitting_layers, install, second_name
 from loralib.adapter_folder import (
     ADVICE,
     CARD_FILE,
@@ -52,7 +50,6 @@ _KEPT = (
 )  # fmt: skip
 # peft's type -> endings of the names of a module's factors, in the order of their product
 _PARTS = {
-    "LORA": (".lora_B.weight", ".lora_A.weight"),
     "ADALORA": (".lora_B", ".lora_E", ".lora_A"),
     "LORA2": tuple(f".lora2_adapters.lora_{part}" for part in ("B_0", "B_1", "E", "A_1", "A_0")),
 }
@@ -88,8 +85,8 @@ def export_peft(
         ValueError: for a damaged adapter; one without a low-rank update; one that peft's format cannot hold, because a
             weight was trained beside its low-rank update or is tied; or if ``folder`` holds files that are not peft's.
     """
-    if is_peft(adapter):
-        values, pairs, head = read_pairs(adapter)
+    if _is_peft(adapter):
+        values, pairs, head = _read_pairs(adapter)
         fields = {name: values.get(name) for name in _KEPT}
         if base_model not in (None, fields["base_model_name_or_path"]):
             fields |= {"base_model_name_or_path": base_model, "revision": None}
@@ -102,7 +99,10 @@ def export_peft(
     for name in config.head:
         if name.rpartition(".")[0] in config.ranks:
             raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold both")
-    if lacks := config.card.get("peft_lacks"):
+    names = (name.partition(".lora_")[0] for name in config.tied)
+    if lacks := next(
+        (name for name in names if name not in config.modules), config.card.get("peft_lacks")
+    ):  # so loralib 0.4 recorded it
         raise ValueError(f"{lacks!r:.200} is a second name of a trained weight (tied weights), which peft's format "
                          "cannot hold: load the adapter with load_adapter()")  # fmt: skip
     if base_model not in (None, config.base_model):
@@ -145,7 +145,7 @@ def _write_peft(
     fields: dict[str, Any],
     card: str | None,
 ) -> dict[str, int]:
-    """Write the pairs, see :func:`read_pairs`, and ``adapter``'s tokenizer. Returns the ranks."""
+    """Write the pairs, see :func:`_read_pairs`, and ``adapter``'s tokenizer. Returns the ranks."""
     ranks = {name: len(a) for name, (_, a, _) in pairs.items()}
     if not ranks:
         raise ValueError("there is no update: every singular value of the adapter is 0")
@@ -167,7 +167,8 @@ def _write_peft(
         "bias": "none",
         **fields,
     }
-    refuse_other_format(folder, peft=True)
+    if (Path(folder) / CONFIG_FILE).exists() and not _is_peft(folder):
+        raise ValueError(f"{folder} holds an adapter of loralib: name a new or an empty folder")
     with new_files(folder, CONFIG_FILE) as new:
         copy_tokenizer(adapter, new)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -221,111 +222,43 @@ def modules_to_save(head: Iterable[str], task_type: str | None) -> list[str]:
 # ---- read a peft adapter --------------------------------------------------------------------------------------------
 
 
-def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Put a LoRA, AdaLoRA or LoRA² adapter of peft on the plain base ``model`` in place, as loralib's LoRA layers.
-
-    Raises:
-        ValueError: for a damaged adapter, one that is more than LoRA (DoRA, aLoRA, embeddings, convolutions) or changes
-            the base's weights (PiSSA, OLoRA), or one that does not fit the base. The model is unchanged then.
-    """
-    values, pairs, head = read_pairs(folder)
-    groups: list[LayerGroup] = []
-    tensors = dict(head)
-    for name, (b, a, s) in pairs.items():
-        rank = len(a)
-        tensors |= {f"{name}.lora_B.0": b, f"{name}.lora_A.0": a}
-        # Dropout was a setting of the training in peft, and fan_in_fan_out follows from the base's module.
-        groups.append(LayerGroup("lora", rank, [], s * rank, 0.0, "gaussian", False, {name: "1" * rank}))
-    # peft does not record the class of the model.
-    config = AdapterConfig(kind="lora", groups=groups, head=list(head), architecture="model that peft adapted")
-    layers = fitting_layers(model, config, tensors)
-    state = model.state_dict(keep_vars=True)
-    second = second_name(model, {}, {name: state[name] for name in head})
-    if second and not values.get("ensure_weight_tying"):
-        raise ValueError(
-            f"{second} is a second name of a trained weight (tied weights), which peft has separated: train in peft "
-            "with ensure_weight_tying=True"
-        )
-    install(model, config, tensors, layers)
-
-
-def is_peft(folder: str | os.PathLike[str]) -> bool:
-    """Whether the folder holds an adapter in peft's format.
-
-    Raises:
-        ValueError: for a missing or damaged configuration.
-    """
+def _is_peft(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder holds an adapter in peft's format. Raises ValueError for a damaged configuration."""
     return "peft_type" in read_json_object(Path(folder) / CONFIG_FILE, ADVICE)
 
 
-def refuse_other_format(folder: str | os.PathLike[str], peft: bool) -> None:
-    """Raises ValueError if a conversion to the folder would replace an adapter of the other format."""
-    if (Path(folder) / CONFIG_FILE).exists() and is_peft(folder) != peft:
-        raise ValueError(f"{folder} holds an adapter in the other format: name a new or an empty folder")
-
-
-def read_pairs(
+def _read_pairs(
     folder: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
-    """Read a LoRA, AdaLoRA or LoRA² adapter of peft as low-rank pairs. Pruned singular values are left out, and so are
+    """Read an AdaLoRA or LoRA² adapter of peft as low-rank pairs. Pruned singular values are left out, and so are
     modules without any others.
 
     Returns:
-        The configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors. The
-        scaling s is the adapter's, so that it can be trained on.
+        The configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors.
 
     Raises:
-        ValueError: see :func:`import_peft`.
+        ValueError: for a damaged adapter, or one of another type.
     """
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path, ADVICE)
-    _refuse_other_than_lora(path, values)
+    if (parts := _PARTS.get(values["peft_type"])) is None:
+        raise ValueError(f"{path}: peft_type is {values['peft_type']!r:.80}; only {' and '.join(_PARTS)} are converted")
     tensors = sorted(read_tensors(Path(folder) / WEIGHTS_FILE).items())  # safetensors gives them in any order
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors}
-    parts = _PARTS[values["peft_type"]]
     pairs = {}
-    for name in [name.removesuffix(parts[-1]) for name in state if name.endswith(parts[-1])]:
-        try:
-            factors = [state.pop(name + part) for part in parts]
-            b, a = _pair(factors)
-            s = _scaling(values, name, len(a))
-            if not b.dim() == a.dim() == 2 or b.shape[1] != len(a) or not (math.isfinite(s) and b.isfinite().all()):
-                raise ValueError("its factors are not matrices with a common rank, or the scaling is not finite")
+    try:
+        # peft's AdaLoRA divides by init_r + 1e-5
+        s = values["lora_alpha"] / (values["r"] if values["peft_type"] == "LORA2" else values["init_r"] + 1e-5)
+        for name in [name.removesuffix(parts[-1]) for name in state if name.endswith(parts[-1])]:
+            b, a = _pair([state.pop(name + part) for part in parts])
             if len(a):
                 pairs[name] = b, a, s
-        except Exception as error:  # a factor is missing or has a wrong shape, or the configuration lacks the scaling
-            raise ValueError(f"{folder}: {name} cannot be read ({' '.join(str(error).split()):.200})") from None
+    except Exception as error:  # a setting or a factor is missing, or has a wrong type or shape
+        raise ValueError(f"{folder} cannot be read ({' '.join(str(error).split()):.200})") from None
     for name in state:
         if ".base_layer." in name:
             advice = "in peft, give bias='none' to the config and save_embedding_layers=False to save_pretrained()"
             raise ValueError(f"{folder}: {name} belongs to the base model: {advice}")
         if "lora_" in name:
-            raise ValueError(f"{folder}: {name} cannot be imported")
-    if not pairs:
-        raise ValueError(f"{folder}: there is no update: no pair of LoRA matrices, or every singular value is 0")
+            raise ValueError(f"{folder}: {name} cannot be converted")
     return values, pairs, state
-
-
-def _refuse_other_than_lora(path: Path, values: dict[str, Any]) -> None:
-    """Raises ValueError for variants that only the configuration shows; DoRA and the like have tensors of their own."""
-    if values.get("peft_type") not in tuple(_PARTS):
-        raise ValueError(f"{path}: peft_type is {values.get('peft_type')!r}; only {', '.join(_PARTS)} can be imported")
-    if option := next((each for each in ("alora_invocation_tokens", "layer_replication") if values.get(each)), None):
-        raise ValueError(f"{path}: adapters with {option} cannot be imported")
-    if str(values.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
-        raise ValueError(f"{path}: its init_lora_weights has changed the base's weights: save it in peft as a "
-                         "plain LoRA (path_initial_model_for_weight_conversion)")  # fmt: skip
-
-
-def _scaling(values: dict[str, Any], name: str, rank: int) -> float:
-    """The factor s of ΔW. AdaLoRA: lora_alpha / (init_r + 1e-5). LoRA²: lora_alpha / r. LoRA: lora_alpha / r, or
-    lora_alpha / √r with rank-stabilised scaling, with the module's own rank and alpha. Patterns match as they do in
-    peft; if none matches, the plain name is looked up: as a pattern, a name such as "a+b" does not match itself."""
-    if values["peft_type"] == "ADALORA":
-        return values["lora_alpha"] / (values["init_r"] + 1e-5)
-    if values["peft_type"] == "LORA2":
-        return values["lora_alpha"] / values["r"]
-    patterns = values.get("alpha_pattern") or {}
-    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    alpha = next(matches, patterns.get(name, values["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)

@@ -77,9 +77,6 @@ class LoRA2Config(PeftConfig):
             raise ValueError("layers_to_transform needs a list of target_modules; a regex holds the numbers itself")
         if self.layers_pattern and self.layers_to_transform is None:  # peft ignores the former
             raise ValueError("layers_pattern needs layers_to_transform")
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list):
-                setattr(self, name, set(value))
 
 
 class LoRA2Adapter(LowRankUpdate):
@@ -125,10 +122,8 @@ class LoRA2Adapter(LowRankUpdate):
 class LinearWithLoRA2(nn.Module, BaseTunerLayer):
     """peft's wrapper around a frozen linear layer, with one :class:`LoRA2Adapter` for each adapter's name.
 
-    By "Linear" in the class's name peft recognises it if a second adapter targets ``"all-linear"``.
-
-    Raises:
-        ValueError: if the layer is not a linear one, or a setting is out of range.
+    By "Linear" in the class's name peft recognises it if a second adapter targets ``"all-linear"``. Raises ValueError
+    if the layer is not a linear one, or a setting is out of range.
     """
 
     adapter_layer_names = ("lora2_adapters",)
@@ -208,11 +203,8 @@ class LinearWithLoRA2(nn.Module, BaseTunerLayer):
 
 
 class LoRA2Model(BaseTuner):
-    """peft's tuner for LoRA²; ``get_peft_model`` creates it.
-
-    Raises:
-        ValueError: if the output projection of ``nn.MultiheadAttention`` is a target, or a call has ``adapter_names``.
-    """
+    """peft's tuner for LoRA²; ``get_peft_model`` creates it. Raises ValueError if the output projection of
+    ``nn.MultiheadAttention`` is a target, or a call has ``adapter_names``."""
 
     prefix = f"{NAME}_"
     tuner_layer_cls = LinearWithLoRA2
@@ -255,15 +247,12 @@ class LoRA2Model(BaseTuner):
     def _enable_peft_forward_hooks(self, *_: Any, adapter_names: Any = None, **__: Any) -> nullcontext:
         """peft calls this before each forward pass, with the arguments that the model itself does not receive."""
         if adapter_names is not None:
-            raise ValueError("LoRA² takes no adapter_names: use set_adapter(), or MultiAdapter for mixed rows")
+            raise ValueError("LoRA² takes no adapter_names: use set_adapter(), or export to peft's LoRA")
         return nullcontext()
 
     def compact(self, adapter_name: str = "default") -> dict[str, int]:
-        """Drop the pruned singular values of an adapter, see :func:`loralib.compact`; its config records the ranks.
-
-        Returns:
-            Module name -> rank it has now.
-        """
+        """Drop the pruned singular values of an adapter, and return its ranks, as :func:`loralib.compact` does. Its
+        config records them."""
         ending, found = f".lora2_adapters.{adapter_name}", lora_layers(self.model)
         ranks = drop_pruned({name.removesuffix(ending): found[name] for name in found if name.endswith(ending)})
         self.peft_config[adapter_name].rank_pattern = dict(ranks)

@@ -24,12 +24,8 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, head: nn.Module | Iterable
     The low-rank layers compute in the dtype of their frozen weight and accept inputs, factors and a bias in either
     dtype. Any other module with a trainable parameter of its own, or with a floating-point buffer beside its parameters
     (BatchNorm), stays float32 as a whole: its inputs are cast to float32, and its outputs to ``dtype`` for the frozen
-    modules that may follow. The head's inputs are cast to float32 too, and its outputs stay float32. Without a head the
-    logits have the dtype of the module that computes them. Buffers keep their dtype. To undo all this, call the
-    function again with float32: after ``model.float()`` alone, the outputs of kept modules would still be rounded.
-
-    An adapter that is saved after a cast to float16 loads on the float32 base only with ``allow_other_base``, because
-    bases are compared in bfloat16, which rounds differently.
+    modules that may follow. The head's inputs are cast to float32 too, and its outputs stay float32. Buffers keep their
+    dtype. To undo all this, call the function again with float32.
 
     Args:
         model: its ``requires_grad`` flags say what is frozen, once a linear layer is. Call this again if they change.

@@ -32,40 +32,34 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_base(source: str, architecture: str, **options: Any) -> nn.Module:
-    """Load a transformers model in float32, in evaluation mode.
+def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
+    """Load the base of a loralib adapter, with its class and number of labels, in float32, in evaluation mode.
 
     Args:
-        source: name or path. architecture: name of a transformers class. options: for its ``from_pretrained``.
+        source: name or path.
 
     Raises:
         ValueError: if transformers lacks the class, or the model cannot be loaded.
     """
     import transformers
 
-    with quiet_transformers():
-        try:
-            # Without trust_remote_code=False transformers would ask whether to run a checkpoint's own code.
-            model = getattr(transformers, architecture).from_pretrained(
-                source, dtype=torch.float32, trust_remote_code=False, **options
-            )
-            return model.eval()
-        except Exception as error:  # a damaged file can raise any kind of exception
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"--base {source} cannot be loaded: {reason}") from None
-
-
-def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
-    """Load the base model of a loralib adapter, with its class and number of labels; ``source`` is a name or path.
-
-    Raises:
-        ValueError: as :func:`load_base`.
-    """
     options: dict[str, Any] = revision_of(config.base_model, config.base_revision, source)
     if config.base_config:
         options["num_labels"] = len(config.base_config["id2label"])
-    # The adapter's head replaces the checkpoint's, which may have another size.
-    return load_base(source, config.architecture, ignore_mismatched_sizes=True, **options)
+    with quiet_transformers():
+        try:
+            # The adapter's head replaces the checkpoint's, which may have another size. Without trust_remote_code=False
+            # transformers would ask whether to run a checkpoint's own code.
+            return (
+                getattr(transformers, config.architecture)
+                .from_pretrained(
+                    source, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **options
+                )
+                .eval()
+            )
+        except Exception as error:  # a damaged file can raise any kind of exception
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"--base {source} cannot be loaded: {reason}") from None
 
 
 def revision_of(name: str | None, revision: Any, source: str) -> dict[str, str]:
