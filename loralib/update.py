@@ -208,11 +208,17 @@ class LowRankUpdate(nn.Module):
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + bias + dropout(x) ΔWᵀ for a plain weight W (out, in), fused: see :mod:`loralib.fused`. r > 0."""
         dropped = self.lora_dropout(x) if self.lora_dropout.training and self.lora_dropout.p > 0 else None
-        return adapted_linear(x, weight, bias, *self.folded(), dropped)
+        return adapted_linear(x, weight, bias, *self._folded_for(x), dropped)
 
     def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         """out + dropout(x) ΔWᵀ, (…, out), in the dtype of ``out``, a product that another module computed."""
-        return out if self.r == 0 else add_low_rank(out, self.lora_dropout(x), *self.folded())
+        return out if self.r == 0 else add_low_rank(out, self.lora_dropout(x), *self._folded_for(x))
+
+    def _folded_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.lora_A[0].is_meta and not x.is_meta:  # torch would multiply by uninitialised memory
+            raise RuntimeError("the factors are on the meta device and have no values: load the weights before you "
+                               "adapt the model, without offloading")  # fmt: skip
+        return self.folded()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """States of Microsoft's and AdaLoRA's ``loralib`` load too: there a factor has no number, and e the shape

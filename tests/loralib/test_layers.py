@@ -114,6 +114,16 @@ def test_dropout_acts_on_the_update_only(run):
     torch.testing.assert_close(layer.train()(x), frozen)  # no input of the frozen weight is dropped
 
 
+def test_factors_on_the_meta_device_are_not_multiplied_with_values():
+    """torch would read uninitialised memory without a word."""
+    with torch.device("meta"):
+        layer = loralib.LoRA2Linear(11, 7, 4, 12.0)
+    assert layer(torch.ones(2, 11, device="meta")).shape == (2, 7)
+    layer.load_state_dict(nn.Linear(11, 7).state_dict(), strict=False, assign=True)
+    with pytest.raises(RuntimeError, match="have no values"):
+        layer(torch.ones(2, 11))
+
+
 @pytest.mark.parametrize("kind, names", [("lora", ["lora_B", "lora_A"]), ("adalora", ["lora_B", "lora_E", "lora_A"])])
 def test_states_of_microsofts_and_adaloras_loralib_load(kind, names):
     model = nn.Sequential(nn.Linear(6, 5))
