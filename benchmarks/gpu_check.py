@@ -33,7 +33,7 @@ from benchmarks.report import Measurement, section
 from benchmarks.rows import ENCODERS, Shape, row_named
 from loralib.files import write_text
 from nlu import ROOT
-from nlu.experiments.launchers import available_cores
+from nlu.experiments.launcher import available_cores
 from nlu.fast import TECHNIQUES
 from nlu.runs.machine import commit_of_code, machine, now, versions
 

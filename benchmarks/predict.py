@@ -27,7 +27,7 @@ import loralib
 from benchmarks.run import machine_of, write
 from nlu import ROOT
 from nlu.errors import OneLineParser, RunError, program
-from nlu.experiments.launchers import available_cores
+from nlu.experiments.launcher import available_cores
 from nlu.runs.machine import now
 
 PIPELINE = """

@@ -42,7 +42,7 @@ from benchmarks.report import Measurement, section
 from benchmarks.rows import ENCODERS, Row, Shape, Sizes
 from loralib.files import write_text
 from nlu.errors import OneLineParser, UsageError, program, reason
-from nlu.experiments.launchers import available_cores
+from nlu.experiments.launcher import available_cores
 from nlu.runs.machine import now, processor, versions
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,8 +24,9 @@ from nlu.arguments import positive_int
 from nlu.command_line import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, program
 from nlu.experiments.experiment import Experiment, make_experiment
-from nlu.experiments.launchers import RUN_GLUE, LocalLauncher
-from nlu.experiments.lines import label_of, settings_of
+from nlu.experiments.fairness import planned_scales, unlike_scales
+from nlu.experiments.launcher import RUN_GLUE, Launcher
+from nlu.experiments.names import settings_of
 from nlu.experiments.sweep_loop import Ran, Sweep
 
 RATES = "3e-4,1e-3,3e-3"  # tried by --tune
@@ -48,42 +49,32 @@ def main(words: Sequence[str]) -> int:
     """
     args, rest = own_parser().parse_known_args(words)
     experiment = plan(args, flag_values(rest))
-    firsts = {run.axes["method"]: run for run in experiment.runs if run.axes["seed"] == 1}
-    parsed = {spec: run.parse() for spec, run in firsts.items()}
+    labels = {run.axes["method"]: run.label for run in experiment.runs}
+    parsed = [run.parse() for run in experiment.runs if run.axes["seed"] == 1]
     # These imports take seconds, so a command with an error is refused before them.
     from nlu.data.splits import load_data
-    from nlu.experiments.fairness import shape_of, unlike
     from nlu.experiments.page import write_comparison
-    from nlu.experiments.tuning import Tuning
+    from nlu.experiments.tuning import Tuning, tune_and_run
 
     tuning = Tuning(experiment) if experiment.tune else None
-    for run in [experiment.runs[0], *(tuning.runs(tuning.grids)[:1] if tuning else ())]:
-        load_data(run.parse())  # an error in the data shows now, not in every run
-    shapes = {spec: shape_of(arguments, tuned=tuning is not None) for spec, arguments in parsed.items()}
-    labels = {spec: label_of(run, parsed[spec].method) for spec, run in firsts.items()}
-    warnings = unlike(shapes)
-    for warning in warnings:
+    for arguments in [parsed[0], *(run.parse() for run in (tuning.runs(tuning.grids)[:1] if tuning else ()))]:
+        load_data(arguments)  # an error in the data shows now, not in every run
+    for warning in unlike_scales(planned_scales(experiment.runs)):
         print(f"warning: {warning}", file=sys.stderr)
-    notes = [f"Not alike: {warning}." for warning in warnings]
-    launcher = LocalLauncher(args.jobs, use_cpu=parsed[next(iter(parsed))].use_cpu)
+    launcher = Launcher(args.jobs, use_cpu=parsed[0].use_cpu)
     print(f"devices: {launcher}")
+    measured = args.output_dir / "measured"
 
     def run_all(part: Experiment) -> Ran:
-        sweep = Sweep(part, args.output_dir / "measured", args.output_dir, RUN_GLUE)
-        return sweep.run(launcher, args.rerun_changed)
+        return Sweep(part, measured, args.output_dir, RUN_GLUE).run(launcher, args.rerun_changed)
 
-    code, tried = 0, []
-    if tuning is not None:
-        tuned = tuning.find(run_all)
-        if tuned.code > 1:  # stopped
-            return tuned.code
-        notes += [f"Tuning: {line}." for line in tuning.report(tuned, labels)]
-        code, tried, experiment = tuned.code, tuned.lines, tuning.finals(tuned)
-    final_code, found = run_all(experiment)
-    lines = [found[run.name] for run in experiment.runs if run.name in found]
-    folder, reference = args.output_dir / experiment.name, labels.get(args.reference)
-    write_comparison(lines, tried, list(labels.values()), notes, folder, reference)
-    return max(code, final_code)
+    code, sentences = tune_and_run(experiment, run_all)
+    if code > 1:  # stopped
+        return code
+    notes = [f"Tuning: {sentence}" for sentence in sentences]
+    folder = args.output_dir / experiment.name
+    write_comparison(measured, experiment, folder, labels.get(args.reference), notes)
+    return code
 
 
 def own_parser() -> argparse.ArgumentParser:
@@ -128,9 +119,6 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     specs = {spec: _spec(spec) for spec in split_methods(args.methods)}
     if args.reference not in (None, *specs):
         raise UsageError(f"--reference {args.reference} is none of --methods: {', '.join(specs)}")
-    specs = {
-        spec: specs[spec] for spec in sorted(specs, key=lambda spec: spec != args.reference)
-    }  # the first one is it
     data = flags.get("task_name") or re.sub("[^A-Za-z0-9_.-]+", "_", Path(flags.get("train_file", "own")).stem)
     name = args.name or f"compare-{data}"
     usual = {"do_train": True, "do_eval": True}

@@ -2,8 +2,6 @@
 
     python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --set glue_dir=DIR --jobs 2
     python nlu/sweep.py configs/experiments/evidence.yaml --set model_name_or_path=DIR --only 'cola' --dry_run
-    python nlu/sweep.py configs/experiments/paper_table1.yaml \\
-        --slurm slurm_partition=gpu --slurm gpus_per_node=1 --slurm timeout_min=240
 
 It starts the runs that are not finished and continues interrupted ones. The command can be stopped (Ctrl-C or SIGTERM:
 the runs save and end) and given again at any time. A failing run does not stop the others; the exit code is then 1.
@@ -33,8 +31,8 @@ from nlu.data.glue import required_files
 from nlu.errors import OneLineParser, UsageError, program, reason
 from nlu.experiments.experiment import Experiment, Run, load_experiment
 from nlu.experiments.fairness import planned_scales, unlike_scales
-from nlu.experiments.launchers import RUN_GLUE, LocalLauncher, SlurmLauncher
-from nlu.experiments.lines import read_lines, write_plan
+from nlu.experiments.launcher import RUN_GLUE, Launcher
+from nlu.experiments.lines import read_lines
 from nlu.experiments.sweep_loop import Ran, Sweep
 from nlu.json_yaml import parse_yaml
 from nlu.runs.identity import INPUTS
@@ -49,15 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--set", type=_pair, action="append", default=[], metavar="FLAG=VALUE",
         help="an argument for every run; repeat as needed")  # fmt: skip
     add("--jobs", type=positive_int, metavar="N",
-        help="runs at once (default: one for each device, and one without; slurm: all)")  # fmt: skip
+        help="runs at once (default: one for each device, and one without)")  # fmt: skip
     add("--gpus_per_run", type=positive_int, default=1, metavar="N",
         help="devices of a run, with torchrun in --command (1)")  # fmt: skip
     add("--only", metavar="REGEX", help="only runs whose name matches")
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
-    add("--slurm", type=_pair, action="append", default=[], metavar="KEY=VALUE",
-        help="run on a Slurm cluster, with this parameter of submitit's executor; repeat as needed")  # fmt: skip
     add("--command", type=shlex.split, default=RUN_GLUE,
         help="what starts one run, such as 'torchrun --standalone --nproc_per_node 2 nlu/run_glue.py'; run_glue.py's "
         "flags are appended")  # fmt: skip
@@ -76,52 +72,36 @@ def main(words: Sequence[str]) -> int:
         UsageError: anything wrong with the file, the flags or the records found, before the first run starts.
     """
     args = build_parser().parse_args(words)
-    whole = experiment = load_experiment(args.experiment, dict(args.set))
+    experiment = load_experiment(args.experiment, dict(args.set))
     if args.only is not None:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
     check(experiment.runs)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
     for warning in unlike_scales(planned_scales(experiment.runs)):
         print(f"warning: {warning}", file=sys.stderr)
-    launcher = _launcher(args, experiment)
+    launcher = Launcher(args.jobs, args.gpus_per_run, all(run.arguments.get("use_cpu") for run in experiment.runs))
     print(f"devices: {launcher}")
     if args.dry_run:
         _show(args, experiment)
         return 0
+    from nlu.experiments.tuning import tune_and_run  # takes seconds
 
-    def run_all(part: Experiment) -> Ran:
-        sweep = Sweep(part, args.measured_dir, args.output_dir, args.command)
-        write_plan(sweep.measured, whole if part.name == whole.name else part)
-        return sweep.run(launcher, args.rerun_changed)
-
-    code = 0
-    if any(run.rates for run in experiment.runs):
-        from nlu.experiments.tuning import Tuning  # takes seconds
-
-        tuning = Tuning(experiment)
-        tuned = tuning.find(run_all)
-        if tuned.code > 1:  # stopped
-            return tuned.code
-        print("\n".join(f"tuning: {line}" for line in tuning.report(tuned)))
-        code, experiment = tuned.code, tuning.finals(tuned)
-    return max(code, run_all(experiment)[0])
+    return tune_and_run(experiment, lambda part: _sweep(args, part).run(launcher, args.rerun_changed))[0]
 
 
-def _launcher(args: argparse.Namespace, experiment: Experiment) -> LocalLauncher | SlurmLauncher:
-    if args.slurm:
-        folder = args.output_dir / experiment.name / "logs/submitit"
-        return SlurmLauncher(folder, dict(args.slurm), args.jobs or sys.maxsize)
-    return LocalLauncher(args.jobs, args.gpus_per_run, all(run.arguments.get("use_cpu") for run in experiment.runs))
+def _sweep(args: argparse.Namespace, experiment: Experiment) -> Sweep:
+    return Sweep(experiment, args.measured_dir, args.output_dir, args.command)
 
 
 def _show(args: argparse.Namespace, experiment: Experiment) -> None:
     """Print the state and the command of each run, and what all of them cost; runs without a rate yet wait for it."""
     from nlu.experiments.cost import cost_lines
+    from nlu.experiments.tuning import Tuning
 
     texts: dict[str, str] = {}
 
     def show(part: Experiment) -> Ran:
-        sweep = Sweep(part, args.measured_dir, args.output_dir, args.command)
+        sweep = _sweep(args, part)
         states = sweep.states()
         for run in part.runs:
             texts[run.name] = f"{states[run.name]:<10}{run.name}\n    {shlex.join(sweep.command_line(run))}"
@@ -129,13 +109,11 @@ def _show(args: argparse.Namespace, experiment: Experiment) -> None:
 
     tried, finals = [], experiment
     if any(run.rates for run in experiment.runs):
-        from nlu.experiments.tuning import Tuning  # takes seconds
-
         tuning = Tuning(experiment)
         tried, finals = tuning.runs(tuning.grids), tuning.finals(tuning.find(show))
     show(finals)
-    for run in experiment.runs:
-        texts.setdefault(run.name, f"{'waits':<10}{run.name}\n    for its learning rate")
+    for run in finals.waiting:
+        texts[run.name] = f"{'waits':<10}{run.name}\n    for its learning rate"
     print("\n".join([*texts.values(), *cost_lines(tried, experiment.runs, args.gpus_per_run)]))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from nlu.data.glue import split_files
 from nlu.experiments.experiment import Run
+from nlu.experiments.names import RATE
 from nlu.tasks import TASKS
 
 
@@ -27,7 +28,7 @@ def cost_lines(tuning: list[Run], finals: list[Run], processes: int = 1) -> list
         key = str(run.arguments | {"seed": None, "learning_rate": None})
         if key not in known:
             known[key] = steps_and_rows(run.parse(), processes)
-        for row in (run.row, "in total"):
+        for row in (run.label.partition(RATE)[0], "in total"):
             cell = cells.setdefault(row, [0, 0, 0])
             cells[row] = [cell[0] + 1, cell[1] + known[key][0], cell[2] + known[key][1]]
     cells["in total"] = cells.pop("in total")  # the last line
@@ -35,7 +36,7 @@ def cost_lines(tuning: list[Run], finals: list[Run], processes: int = 1) -> list
     lines = [f"{'row':<{width}}  {'runs':>6}  {'steps':>9}  {'rows':>11}  learning rate"]
     for row, (runs, steps, rows) in cells.items():
         texts = f"{steps:,}", f"{rows:,}"
-        rate = ", ".join(dict.fromkeys(_rates([final for final in finals if final.row == row])))
+        rate = ", ".join(dict.fromkeys(_rates([final for final in finals if final.label == row])))
         lines.append(f"{row:<{width}}  {runs:>6,}  {texts[0]:>9}  {texts[1]:>11}  {rate}".rstrip())
     return lines
 

@@ -14,8 +14,8 @@ grid:                                   # one run for each combination
 exclude: [{method: lora, variant: full}]            # combinations left out
 overrides: [{when: {task_name: rte}, set: {max_steps: 900}}]    # win over the grid, later ones over earlier ones
 tune:                                   # optional: first choose learning rates on held-out rows of the training set
-  learning_rate: [1.0e-4, 2.0e-4, 4.0e-4]           # to try; or a mapping: labels of the grid to such lists; rows
-  when: {method: lora2}                             # without one, or not of these (default: all), keep their rate
+  learning_rate: [1.0e-4, 2.0e-4, 4.0e-4]           # to try; or a mapping: labels of the grid to such lists, and rows
+                                                    # without one keep their rate
   one_rate_for: row                                 # one rate for all tasks; or row_and_task: one for each task
   share_of_steps: 0.5                               # length of a tuning run, of a final run's; warm-ups shrink with it
   holdout_fraction: 0.1
@@ -29,21 +29,17 @@ evaluate, and train unless `base` says otherwise. The values above for the last 
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nlu.arguments import Arguments
 from nlu.command_line import as_words, parse_arguments
 from nlu.errors import UsageError, reason
+from nlu.experiments.names import label_of, run_name, task_of
 from nlu.json_yaml import read_yaml
-from nlu.runs.identity import INPUTS
-
-_ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,10 @@ class Run:
     """One call of nlu/run_glue.py. `name` is unique, and that of its folder below the experiment's."""
 
     name: str
+    label: str  # its row in the tables
+    task: str  # its task in the tables
     axes: dict[str, Any]  # grid axis → label
     arguments: dict[str, Any]
-    row: str = ""  # the labels that make a row of the tables
-    data: str = ""  # the labels that name the task
     rates: tuple[float, ...] = ()  # the learning rates that the tuning tries; none: the run keeps its own
 
     @property
@@ -75,7 +71,6 @@ class Tune:
     """The section `tune` of an experiment; the top of this file explains its keys."""
 
     learning_rate: list[float] | dict[Any, list[float]]
-    when: dict[str, Any] = field(default_factory=dict)
     one_rate_for: str = "row"
     share_of_steps: float = 0.5
     holdout_fraction: float = 0.1
@@ -85,40 +80,36 @@ class Tune:
     def __post_init__(self) -> None:
         if self.one_rate_for not in ("row", "row_and_task"):
             raise UsageError(f"tune.one_rate_for must be row or row_and_task, not {self.one_rate_for}")
-        for name in ("share_of_steps", "holdout_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f"tune.{name} must be above 0 and at most 1")
-        if not self.seeds or self.extend < 0:
-            raise UsageError("tune.seeds needs a seed, and tune.extend a number of rates from 0 on")
+        if not (0 < self.share_of_steps <= 1 and self.seeds and self.extend >= 0):
+            raise UsageError("tune: share_of_steps is above 0 and at most 1, seeds has one or more, extend 0 or more")
 
     def rates(self, axes: dict[str, Any], choices: dict[str, dict]) -> tuple[float, ...]:
         """The rates to try for a combination; none if its row is not tuned."""
-        if not _matches(self.when, axes, choices):
-            return ()
         rates = self.learning_rate
         if isinstance(rates, dict):
             known = {label for labels in choices.values() for label in labels}
             if strange := [label for label in rates if label not in known]:
                 raise UsageError(f"tune.learning_rate names {strange[0]}, which the grid does not have")
             named = [label for label in axes.values() if label in rates]
-            if not named:
-                return ()
             if len(named) > 1:
                 raise UsageError(f"tune.learning_rate must name one label of {', '.join(map(str, axes.values()))}")
-            rates = rates[named[0]]
-        if not rates or not all(type(rate) in (int, float) and rate > 0 for rate in rates):
-            raise UsageError("tune.learning_rate must hold lists of positive numbers")
-        return tuple(float(rate) for rate in dict.fromkeys(rates))
+            rates = rates[named[0]] if named else []
+        return tuple(dict.fromkeys(map(float, rates)))
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A checked experiment. Until its rates are chosen, the runs that are tuned have the first of those to try."""
+    """A checked experiment. Until its rates are chosen, the runs that are tuned have the first of those to try.
+
+    Attributes:
+        waiting: further runs, for which their tuning has not given a rate.
+    """
 
     name: str
     runs: list[Run]
     description: str = ""
     tune: Tune | None = None
+    waiting: Sequence[Run] = ()
 
 
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
@@ -133,7 +124,7 @@ def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Exper
         return make_experiment(**content, settings=settings)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    except (TypeError, KeyError, AttributeError) as error:  # an unknown key, or a list instead of a mapping
+    except (TypeError, KeyError, AttributeError, ValueError) as error:  # an unknown key, a list for a mapping, …
         format_is = "the format is explained at the top of nlu/experiments/experiment.py"
         raise UsageError(f"{path}: {reason(error, 200)}; {format_is}") from None
 
@@ -167,7 +158,6 @@ def make_experiment(
         arguments = {"do_train": True, "do_eval": True} | (base or {}) | _of_labels(axes, choices)
         for rule in overrides or []:
             arguments |= _override(axes, choices, **rule)
-        row, data = (", ".join(_words({axis: axes[axis] for axis in part})) for part in (rows, sorted(tasks)))
         rates = tuning.rates(axes, choices) if tuning else ()
         for axis, labels in grid.items():
             if isinstance(labels, dict) and (own := {*choices[axis][axes[axis]]} & {*(settings or {})}):
@@ -177,7 +167,14 @@ def make_experiment(
             if "learning_rate" in {*choices, *(settings or {})} or arguments.get("holdout_fraction"):
                 raise UsageError("tune sets learning_rate and holdout_fraction itself: leave them out elsewhere")
             arguments |= {"learning_rate": rates[0]}
-        runs.append(Run(run_name(axes), axes, arguments, row, data, rates))
+        for flag in ("method", "seed"):  # a default is no label
+            if arguments.get(flag) is None:
+                raise UsageError(f"no {flag} is given: add it to the experiment, or --set {flag}=VALUE")
+        if not arguments["do_eval"]:
+            raise UsageError("without do_eval a run has no score: leave it out")
+        label = label_of({axis: axes[axis] for axis in rows}, arguments["method"])
+        data = {} if "train_file" in axes else {axis: axes[axis] for axis in sorted(tasks)}
+        runs.append(Run(run_name(axes), label, task_of(arguments, data), axes, arguments, rates))
     _check(runs, [axis for axis, labels in grid.items() if isinstance(labels, list)])
     return Experiment(name, runs, description, tuning)
 
@@ -217,7 +214,7 @@ def _matches(when: dict[str, Any], axes: dict[str, Any], choices: dict[str, dict
 
 
 def _check(runs: list[Run], flags: list[str]) -> None:
-    """Refuse runs without a method or a seed (a default is no label), with a misleading name, or in one folder.
+    """Refuse runs with a misleading name, or in one folder.
 
     Args:
         flags: the axes that are flags; their values are part of the runs' names.
@@ -226,11 +223,6 @@ def _check(runs: list[Run], flags: list[str]) -> None:
         raise UsageError("no run is left: the grid has an axis without values, or exclude removes every combination")
     seen = {"", "logs"}
     for run in runs:
-        for name in ("method", "seed"):
-            if run.arguments.get(name) is None:
-                raise UsageError(f"no {name} is given: add it to the experiment, or --set {name}=VALUE")
-        if not run.arguments["do_eval"]:
-            raise UsageError(f"{run.name}: without do_eval a run has no score: leave it out")
         for flag in flags:
             if run.arguments.get(flag) != run.axes[flag]:
                 raise UsageError(f"{run.name}: {flag} is an axis of the grid; do not set it elsewhere too")
@@ -241,33 +233,3 @@ def _check(runs: list[Run], flags: list[str]) -> None:
                 "in letters (not only in case), digits or . + = , - (others become _; only the end of a path is kept)"
             )
         seen.add(folder)
-
-
-def run_name(axes: dict[str, Any]) -> str:
-    """A folder's name from the labels of a run's axes (LoRA² becomes LoRA2); numbers carry their axis' name."""
-    text = unicodedata.normalize("NFKC", "-".join(_words(axes)).replace("…/", ""))
-    return re.sub(r"[^A-Za-z0-9._+=,-]+", "_", text)
-
-
-def _words(axes: dict[str, Any]) -> list[str]:
-    return [label if isinstance(label, str) else f"{axis}={label}" for axis, label in portable(axes).items()]
-
-
-def portable(value: Any) -> Any:
-    """A value without this machine's folders: arguments that are paths are cut to their last part.
-
-    Elsewhere in a text, an absolute path becomes an ellipsis and its last part. A name on the hub stays whole.
-    """
-    if isinstance(value, dict):
-        return {
-            key: Path(item).name if key in INPUTS and _is_place(item) else portable(item) for key, item in value.items()
-        }
-    if isinstance(value, list):
-        return [portable(item) for item in value]
-    return _ABSOLUTE.sub(r"…/\1", value) if isinstance(value, str) else value
-
-
-def _is_place(value: Any) -> bool:
-    if not isinstance(value, str) or value.startswith("{"):  # JSON of --peft_config
-        return False
-    return os.path.isabs(value) or os.path.exists(value) or value.count("/") != 1

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import cycle, takewhile
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -16,7 +16,6 @@ from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from loralib.injection import module_type
 from nlu.experiments.statistics import finished
 from nlu.experiments.tables import ALL
 from nlu.tasks import HEADINGS
@@ -75,9 +74,9 @@ def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame, styles
     final = finished(every)
     styles = styles_of([*styles, *tuning.row, *final.label]) if len(tuning) else styles_of([*styles, *final.label])
     with matplotlib.rc_context(STYLE):
-        if len(tuning) and every.held_out.all():  # every run only tries a learning rate
-            return [_rates(tuning, styles)]
-        drawn = _differences(scores, final, styles), _rates(tuning, styles), _curves(final, styles), _ranks(final)
+        drawn = [_rates(tuning, styles)]
+        if len(final) and not (len(tuning) and every.held_out.all()):  # then each run only tries a learning rate
+            drawn = [_differences(scores, final, styles), *drawn, _curves(final, styles)]
     return [drawing for drawing in drawn if drawing is not None]
 
 
@@ -102,39 +101,6 @@ def _differences(scores: pd.DataFrame, runs: pd.DataFrame, styles: Styles) -> Dr
     _title(figure, runs, f"score minus that {other}, {what}")
     text = f"Score minus that {other} on {task_names(runs.task)}, with 95 % intervals."
     return Drawing("differences", text, figure)
-
-
-def _ranks(runs: pd.DataFrame) -> Drawing | None:
-    """Singular values left in each module at the end, a panel for each row that prunes (the paper's Figure 3)."""
-    pruned = runs[runs.module_ranks.notna()]
-    if not len(pruned):
-        return None
-    by_label = pruned.groupby("label", sort=False).module_ranks
-    means = {label: pd.DataFrame(ranks.tolist()).mean() for label, ranks in by_label}
-    kinds = list(dict.fromkeys(module_type(module) for mean in means.values() for module in mean.index))
-    owners = zip(*(kind.split(".")[:-1] for kind in kinds), strict=False)
-    shared = len(list(takewhile(lambda parts: len(set(parts)) == 1, owners)))  # leading parts that all names share
-    figure = Figure(figsize=(WIDTH, (0.8 + 0.27 * len(kinds)) * len(means)), layout="constrained")
-    panels = figure.subplots(len(means), squeeze=False)[:, 0]
-    most = max(mean.max() for mean in means.values())
-    for (label, mean), axes in zip(means.items(), panels, strict=True):
-        layers = mean.index.str.extract(r"\.(\d+)\.")[0].fillna("0").astype(int)
-        # A module with two numbers in its name (one of a block's several networks) shares its cell with the others.
-        values = mean.groupby([mean.index.map(module_type), layers.values]).mean().unstack().reindex(kinds)
-        axes.imshow(values, cmap="cividis", vmin=0, vmax=most, aspect="auto")
-        axes.grid(False)
-        for (y, x), value in np.ndenumerate(values.values):
-            if np.isnan(value):
-                continue  # another row adapts this module
-            colour = "white" if value < most / 2 else "black"
-            axes.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=7.5)
-        axes.set_yticks(range(len(kinds)), [".".join(kind.split(".")[shared:]) for kind in kinds])
-        axes.set_xticks(range(values.shape[1]), values.columns)
-        axes.set_title(label, loc="left")
-    panels[-1].set_xlabel("layer")
-    _title(figure, runs, f"singular values left in each module, mean over the runs on {task_names(runs.task)}")
-    text = f"Singular values left in each module at the end on {task_names(runs.task)}: means over runs."
-    return Drawing("ranks", text, figure)
 
 
 def _curves(runs: pd.DataFrame, styles: Styles) -> Drawing | None:

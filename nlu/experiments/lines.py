@@ -8,18 +8,17 @@ versions, the commit, the processor and the digests of what the run read. The fu
 import json
 import math
 import os
-import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from loralib.files import locked, write_json, write_text
-from nlu.command_line import DEFAULTS, method_file
+from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError, one_line
-from nlu.experiments.experiment import Experiment, Run, portable
+from nlu.experiments.experiment import Experiment, Run
+from nlu.experiments.names import label_of, portable, task_of
 from nlu.json_yaml import read_json
-from nlu.methods.registry import METHODS
 from nlu.runs.identity import PLACES
-from nlu.tasks import TASKS
 
 COPIED = (
     "metric", "best", "best_step", "last", "test_scores", "steps", "weights_step", "model", "model_commit",
@@ -29,8 +28,6 @@ COPIED = (
 )  # fmt: skip
 
 _FIELDS = {"run": str, "status": str, "label": str, "axes": dict, "arguments": dict}  # of every line
-
-# ---- from a run's record to its line ---------------------------------------------------------------------------------
 
 
 def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
@@ -53,11 +50,11 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     elif status == "finished" and str(seed) != str(asked):
         status, error = "failed", f"its record is of seed {seed}, and {asked} was asked for"
     line = {
-        "label": label_of(run, str(record.get("method"))),
+        "label": run.label,
         "axes": run.axes,
         "status": status,
         "error": error,
-        "task": _task_name(run, record),
+        "task": run.task,
         "method": record.get("method"),
         "seed": seed,
         "arguments": own,
@@ -70,41 +67,6 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     return {"run": run.name} | portable({name: value for name, value in line.items() if value is not None})
 
 
-def label_of(run: Run, method: str) -> str:
-    """A run's name in tables: the labels of the grid's axes, except task and seed; `method` is the base method."""
-    names = []
-    for axis, value in portable(run.axes).items():
-        text = value if isinstance(value, str) else f"{axis}={value}"
-        if axis not in ("task_name", "seed") and text not in run.data.split(", "):
-            names.append(_method_name(text, method) if axis == "method" else text)
-    return ", ".join(names) or _method_name(str(run.arguments.get("method")), method)
-
-
-def _task_name(run: Run, record: dict[str, Any]) -> str | None:
-    """The task in tables. Own data are named by their label in the grid, or by the training file or its folder."""
-    task = record.get("task")
-    if task != "custom":
-        return task
-    file = Path(record["arguments"]["train_file"])
-    name = file.parent.name if file.stem == "train" and file.parent.name else file.stem
-    if run.data and "train_file" not in run.axes:
-        name = run.data
-    return f"{name} (own)" if name in TASKS else name
-
-
-def _method_name(name: str, base: str) -> str:
-    """The base method's display name, extended by the rest of the method file's name and by the flags after colons."""
-    if base not in METHODS or not name.startswith(base):
-        return name
-    file, *flags = settings_of(name[len(base) :])
-    return ", ".join([f"{METHODS[base].display} {file.strip('_').replace('_', ' ')}".strip(), *flags])
-
-
-def settings_of(spec: str) -> list[str]:
-    """NAME:flag=value:… split into the name and the settings; a value may contain a colon (match:lora)."""
-    return re.split(r":(?=[\w-]+=)", spec)
-
-
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
@@ -115,31 +77,29 @@ def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
         folder: the run's root_output_dir; its path relative to the parent of `measured` names the run.
         record: its `results.json`; its status is "finished" or "failed".
     """
-    axes = {"method": record["method_config"], "task_name": record["task"], "seed": record["seed"]}
+    config, given = record["method_config"], record["arguments"]
+    axes = {"method": config, "task_name": record["task"], "seed": record["seed"]}
     name = os.path.relpath(folder, measured.absolute().parent)
     path = measured / f"{record['model']}.jsonl"
-    write_line(path, name, measured_line(Run(name, axes, axes), record))
+    run = Run(name, label_of({"method": config}, config), task_of(given, {}), axes, axes)
+    write_line(path, name, measured_line(run, record))
     return path
+
+
+def planned(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """What a plan says of each run: its name (`run`), label, task and seed."""
+    return [{"run": run.name, "label": run.label, "task": run.task, "seed": run.arguments["seed"]} for run in runs]
 
 
 def write_plan(path: Path, experiment: Experiment) -> None:
     """Write beside a file of lines (NAME.plan.json) which runs it will have: a table can name those it lacks."""
-    bases = {run.arguments["method"]: method_file(run.arguments["method"])[0] for run in experiment.runs}
-    runs = [
-        {
-            "run": run.name,
-            "label": label_of(run, bases[run.arguments["method"]]),
-            "task": run.arguments.get("task_name") or _task_name(run, {"task": "custom", "arguments": run.arguments}),
-            "seed": run.arguments["seed"],
-        }
-        for run in experiment.runs
-    ]
     rule = experiment.tune.one_rate_for if experiment.tune else None
-    write_json(path.with_suffix(".plan.json"), {"one_rate_for": rule, "runs": runs})
+    plan = {"one_rate_for": rule, "runs": planned([*experiment.runs, *experiment.waiting])}
+    write_json(path.with_suffix(".plan.json"), plan)
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """What :func:`write_plan` wrote beside a file of lines: `one_rate_for`, and `runs` (run, label, task, seed)."""
+    """What :func:`write_plan` wrote beside a file of lines: `one_rate_for`, and `runs`, see :func:`planned`."""
     return read_json(path.with_suffix(".plan.json")) or {"one_rate_for": None, "runs": []}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import pandas as pd
 
 from loralib.files import write_bytes, write_text
 from nlu.errors import UsageError
-from nlu.experiments.comparison import advice, answer, missing, not_ended
-from nlu.experiments.fairness import unlike_scales
+from nlu.experiments.experiment import Experiment
+from nlu.experiments.fairness import scales_of, unlike_scales
 from nlu.experiments.figures import Drawing, Styles, draw, styles_of
 from nlu.experiments.lines import read_plan
+from nlu.experiments.sentences import advice, answer, missing, not_ended
 from nlu.experiments.statistics import as_frame, finished, load_measured, references
 from nlu.experiments.tables import (
     as_csv,
@@ -25,7 +26,6 @@ from nlu.experiments.tables import (
     score_frame,
     score_text,
     setting,
-    training_frame,
     with_published,
 )
 from nlu.experiments.tuning import tuning_frame, tuning_runs, tuning_text
@@ -35,8 +35,23 @@ NOTES = """\
 Scores: those of the last evaluation (with --load_best_model_at_end: of the best checkpoint) on the validation set in
 percent, mean ± standard deviation over the seeds. Differences: means over pairs of one task and seed; their intervals
 cover the variation between seeds alone. Failed runs: those that ended early, or whose training loss at the end exceeds
-0.95 of that of the best constant answer. All figures: [scores](tables/scores.csv), [training](tables/training.csv).
+0.95 of that of the best constant answer. All figures: [scores](tables/scores.csv).
 """
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The lines of an experiment and of its tuning, and the plans of both (see :func:`~nlu.experiments.lines.planned`).
+
+    Attributes:
+        per_task: each row was tuned on each task alone.
+    """
+
+    runs: pd.DataFrame
+    tuning: pd.DataFrame
+    plan: Sequence[dict[str, Any]] = ()
+    tuning_plan: Sequence[dict[str, Any]] = ()
+    per_task: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,63 +63,64 @@ class Section:
     drawings: dict[str, Drawing]
 
 
+def experiments(folder: Path) -> dict[str, Measured]:
+    """The experiments in a folder of lines, by name. NAME_tuning.jsonl holds the tuning of NAME, if it is one.
+
+    Raises:
+        UsageError: as :func:`~nlu.experiments.statistics.load_measured`.
+    """
+    runs, none = load_measured(folder), as_frame([])
+    tunings = {name for name, own in runs.items() if name.endswith("_tuning") and own.held_out.all()}
+    found = {}
+    for name in dict.fromkeys(name.removesuffix("_tuning") if name in tunings else name for name in runs):
+        plan, tuned = (read_plan(folder / f"{each}.jsonl") for each in (name, f"{name}_tuning"))
+        tuning = runs[f"{name}_tuning"] if f"{name}_tuning" in tunings else none
+        if tuned["runs"]:  # an earlier grid may have left lines of other runs
+            tuning = tuning[tuning.run.isin([run["run"] for run in tuned["runs"]])]
+        per_task = tuned["one_rate_for"] == "row_and_task"
+        found[name] = Measured(runs.get(name, none), tuning, plan["runs"], tuned["runs"], per_task)
+    return found
+
+
 def write_report(measured: Path, output: Path) -> None:
     """Write the page of all experiments in `measured`, README.md, with its tables and figures, to the folder `output`.
 
-    NAME_tuning.jsonl and NAME.plan.json belong to the experiment NAME. The same lines and versions give the same files.
+    The same lines and versions give the same files.
 
     Raises:
         UsageError: no run has finished, a line is damaged, or `output` holds a page that is not a report.
     """
-    page = output / "README.md"
-    runs = load_measured(measured)
-    if not any((every.status == "finished").any() for every in runs.values()):
+    page, found = output / "README.md", experiments(measured)
+    if not any(len(finished(each)) for own in found.values() for each in (own.runs, own.tuning)):
         raise UsageError(f"{measured}: no measured runs; nlu/run_glue.py and nlu/sweep.py write them")
     earlier = earlier_page(page, GENERATED, "report.py")
-    tunings = {name: runs.pop(f"{name}_tuning") for name in [*runs] if f"{name}_tuning" in runs}
-    styles = styles_of(label for every in runs.values() for label in every.label)
-    parts, files, frames = [], {}, {"scores": [], "training": []}
-    for name, every in runs.items():
-        tuning = tunings.get(name, every[:0])
-        plan, tuned = (read_plan(measured / f"{each}.jsonl") for each in (name, f"{name}_tuning"))
-        if tuned["runs"]:  # an earlier grid may have left lines of other runs
-            tuning = tuning[tuning.run.isin([run["run"] for run in tuned["runs"]])]
-        tuned_rows = tuning_runs(tuning).row  # each has a rate of its own
-        scaled = every[every.scale.notna() & ~every.label.isin(tuned_rows)]
-        scales = {task: own.groupby("label", sort=False).scale.first() for task, own in scaled.groupby("task")}
-        notes = [*unlike_scales(scales), *not_ended(every, plan["runs"])]
-        per_task = plan["one_rate_for"] == "row_and_task"
-        part = section(every, tuning, styles, references(every), notes, f"figures/{name}_", per_task)
+    styles = styles_of(label for own in found.values() for label in own.runs.label)
+    parts, files, scores = [], {}, []
+    for name, own in found.items():
+        part = section(own, styles, references(own.runs), [], f"figures/{name}_")
         parts += [f"## {markdown_text(name)}\n", part.text]
         files |= {file: drawing.png() for file, drawing in part.drawings.items()}
-        for kind, frame in (("scores", part.scores), ("training", training_frame(every))):
-            frame.insert(0, "experiment", name)
-            frames[kind].append(frame)
-    files |= {f"tables/{kind}.csv": as_csv(pd.concat(each)).encode() for kind, each in frames.items()}
+        part.scores.insert(0, "experiment", name)
+        scores.append(part.scores)
+    files["tables/scores.csv"] = as_csv(pd.concat(scores)).encode()
     write_page(page, earlier, "\n".join([GENERATED, "# Measured runs\n", *parts, NOTES]), files)
 
 
 def write_comparison(
-    lines: Sequence[dict[str, Any]],
-    tuning: Sequence[dict[str, Any]],
-    labels: Sequence[str],
-    notes: Sequence[str],
-    folder: Path,
-    reference: str | None = None,
+    measured: Path, experiment: Experiment, folder: Path, reference: str | None, notes: Sequence[str]
 ) -> None:
     """Print the section of one comparison, and write it (comparison.md, .csv) and its figures to the folder.
 
     Args:
-        lines: those of its runs. tuning: those of its tuning runs.
-        labels: its rows, in order. reference: the row that the others are compared with; None for LoRA, if it is there,
-            or the first.
+        measured: the folder of its lines; those of other runs and of another command's tuning are left out.
+        reference: the row that the others are compared with; None for LoRA, if it is there, or the first.
         notes: sentences to show below the table.
     """
-    every = as_frame(lines)
-    order = {label: place for place, label in enumerate(labels)}
-    every = every.sort_values("label", key=lambda own: own.map(order), kind="stable")
-    against = [reference] if reference else references(every)
-    part = section(every, as_frame(tuning), styles_of(labels), against, notes, "comparison_")
+    none = as_frame([])
+    own = experiments(measured).get(experiment.name, Measured(none, none))
+    runs = own.runs[own.runs.run.isin([run.name for run in experiment.runs])]
+    own = replace(own, runs=runs) if experiment.tune else Measured(runs, none, own.plan)
+    part = section(own, styles_of(runs.label), [reference] if reference else references(runs), notes, "comparison_")
     write_text(folder / "comparison.md", part.text)
     write_text(folder / "comparison.csv", as_csv(part.scores))
     for file, drawing in part.drawings.items():
@@ -113,35 +129,24 @@ def write_comparison(
     print(f"written: {folder}/comparison.md, its figures and comparison.csv")
 
 
-def section(
-    every: pd.DataFrame,
-    tuning: pd.DataFrame,
-    styles: Styles,
-    against: Sequence[str],
-    notes: Sequence[str],
-    prefix: str,
-    per_task: bool = False,
-) -> Section:
+def section(own: Measured, styles: Styles, against: Sequence[str], notes: Sequence[str], prefix: str) -> Section:
     """The section of one experiment: the answer, the table, what to know about the runs, a figure, published scores.
 
     Args:
-        every: its runs. tuning: those of its tuning, possibly none; if all of `every` only try rates, they are shown.
         styles: see :func:`~nlu.experiments.figures.styles_of`. against: labels of the reference rows.
-        notes: further sentences. prefix: of the figures' file names. per_task: each row was tuned on each task alone.
+        notes: further sentences. prefix: of the figures' file names.
     """
-    only_tuning = len(every) > 0 and every.held_out.all()
-    tuning = every if only_tuning else tuning
-    chosen, tried = tuning_frame(tuning, per_task), tuning_runs(tuning)
-    parts, scores, drawn = [], pd.DataFrame(), []
-    if len(finished(every)):
-        scores, sources = with_published(score_frame(every, against), every)
-        drawn = draw(every, scores, tried, styles)
-        sentences = [f"Measured: {setting(every)}.", *missing(every), *advice(every), *notes, *sources]
-        parts = [] if only_tuning else [answer(scores, every), markdown(score_text(scores))]
-    else:
-        sentences, parts = [*missing(every), *notes], ["No run has finished."]
-    drawings = {f"{prefix}{each.kind}.png": each for each in drawn}
-    parts = [*filter(None, parts), "\n".join(f"- {markdown_text(each)}" for each in sentences), *figure_text(drawings)]
+    runs, scores = own.runs, pd.DataFrame()
+    tried, chosen = tuning_runs(own.tuning), tuning_frame(own.tuning, own.tuning_plan, own.per_task)
+    parts, setup, sources = ["No run has finished."], [], []
+    if len(finished(runs)):
+        scores, sources = with_published(score_frame(runs, against), runs)
+        parts, setup = [answer(scores, runs), markdown(score_text(scores))], [f"Measured: {setting(runs)}."]
+    scales = unlike_scales(scales_of(runs[~runs.label.isin(tried.row)]))  # a tuned row has a rate of its own
+    lacking = [*not_ended(runs, own.plan), *not_ended(own.tuning, own.tuning_plan, "tuning ")]
+    sentences = [*setup, *missing(runs), *advice(runs), *scales, *lacking, *notes, *sources]
+    drawings = {f"{prefix}{each.kind}.png": each for each in draw(runs, scores, tried, styles)}
+    parts += ["\n".join(f"- {markdown_text(each)}" for each in sentences), *figure_text(drawings)]
     for heading, table in published_text(scores):
         parts += [f"### {heading}", markdown(table)]
     if len(chosen):

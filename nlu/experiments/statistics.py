@@ -22,7 +22,6 @@ from nlu.runs.identity import FREE, PREDICTING
 from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a smaller gain is no reason to choose a method
-SHORT = 1.0  # final Λ below which a low-rank method that learned nothing has hardly left its start
 ROUNDING = 1e-18  # points²: a smaller variance is only the rounding of equal differences
 _NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
 _NAMES = [
@@ -226,17 +225,3 @@ def error_of_strata(variances: pd.Series, sizes: pd.Series | int) -> tuple[float
     parts = variances / sizes / len(variances) ** 2
     total = parts.sum()
     return total**0.5, 1 / ((parts / total) ** 2 / (sizes - 1)).sum()
-
-
-def seeds_for(points: float, pairs: pd.DataFrame) -> int | None:
-    """How many seeds show a difference of `points` with a power of 80 % (two-sided, 5 %), by the standard deviations of
-    paired differences alone; None if a task has a single pair, all differences are equal or a thousand do not suffice.
-    """
-    if np.isnan(estimate(pairs).error):
-        return None
-    variances = pairs.groupby("task").difference.var()
-    for n in range(2, 1001):
-        error, freedom = error_of_strata(variances, n)
-        if stats.t.ppf([0.975, 0.8], freedom).sum() * error <= points:
-            return n
-    return None

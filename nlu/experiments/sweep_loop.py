@@ -7,16 +7,17 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from tqdm import tqdm
 
 from loralib.files import locked
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
-from nlu.experiments.experiment import Experiment, Run, portable
-from nlu.experiments.launchers import ON, EarlierJob, LocalJob, LocalLauncher, SlurmJob, SlurmLauncher, is_held
-from nlu.experiments.lines import measured_line, read_lines, write_line
+from nlu.experiments.experiment import Experiment, Run
+from nlu.experiments.launcher import ON, EarlierJob, Job, Launcher, is_held
+from nlu.experiments.lines import measured_line, read_lines, write_line, write_plan
+from nlu.experiments.names import portable
 from nlu.json_yaml import read_json
 from nlu.runs.identity import FREE, changes, content_digests
 from nlu.runs.signals import handled_by
@@ -24,21 +25,14 @@ from nlu.runs.signals import handled_by
 _POLL_SECONDS = 0.1
 Ran = tuple[int, dict[str, dict[str, Any]]]  # an exit code, and lines by the run's name
 LOCK, RECORD = ".lock", "results.json"  # as in nlu/runs/folder.py, which imports torch
-
-
-class Started(NamedTuple):
-    """A run that goes: the time of the record that it found when it started, and its job."""
-
-    run: Run
-    found: int | None
-    job: LocalJob | SlurmJob | EarlierJob
+REFUSED = 2  # run_glue's exit code for wrong arguments or data, and for a folder in use
 
 
 class Sweep:
     """The runs of an experiment, the file of their lines (`measured`), their folder, and the command of one run."""
 
     def __init__(self, experiment: Experiment, measured_dir: Path, output_dir: Path, command: list[str]) -> None:
-        self.runs, self.command = experiment.runs, command
+        self.experiment, self.runs, self.command = experiment, experiment.runs, command
         self.measured, self.folder = measured_dir / f"{experiment.name}.jsonl", output_dir / experiment.name
         self.finished = 0
         self.failures: dict[str, str] = {}  # name of a run → why it failed
@@ -101,15 +95,9 @@ class Sweep:
         values = [(name, then.get(name), arguments.values.get(name)) for name in sorted(changed)]
         return ", ".join(f"{name} {old} → {new}" if old != new else name for name, old, new in values)
 
-    def record_time(self, run: Run) -> int | None:
-        """When the run's record was last written, in nanoseconds; None without a record."""
-        with contextlib.suppress(OSError):
-            return (self.folder / run.name / RECORD).stat().st_mtime_ns
-        return None
-
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    def run(self, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool = False) -> Ran:
+    def run(self, launcher: Launcher, rerun_changed: bool = False) -> Ran:
         """Run what is not finished; returns the exit code (0, 1 if runs failed, 128 + the signal's number if stopped)
         and the lines of all runs by name.
 
@@ -119,23 +107,23 @@ class Sweep:
             rerun_changed: repeat, from the start, the runs made with other arguments or contents.
 
         Raises:
-            UsageError: runs were made with other arguments or contents (without `rerun_changed`), the folder is in use,
-                or the cluster refuses the first run. OSError: the command cannot be run.
+            UsageError: runs were made with other arguments or contents (without `rerun_changed`), or the folder is in
+                use. OSError: the command cannot be run.
         """
         for folder in (self.folder / "logs", self.measured.parent):
             folder.mkdir(parents=True, exist_ok=True)
         in_use = f"another sweep is running in {self.folder}, or writes {self.measured}; wait for it or stop it"
         # A sweep of this name may have another folder and the same lines.
         locks = self.folder / LOCK, self.measured.with_name(f".{self.measured.stem}.lock")
-        caught = [signal.SIGINT, signal.SIGTERM]
-        # A cluster's jobs outlive the terminal, and so does a sweep under nohup.
-        if isinstance(launcher, LocalLauncher) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            caught.append(signal.SIGHUP)
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        caught = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         with contextlib.ExitStack() as held:
             for lock in locks:
                 held.enter_context(locked(lock, UsageError(in_use)))
             states = self.states()
-            self._refuse_changed([run for run in self.runs if states[run.name] == "changed" and not rerun_changed])
+            if not rerun_changed:
+                self._refuse_changed([run for run in self.runs if states[run.name] == "changed"])
+            write_plan(self.measured, self.experiment)
             held.enter_context(handled_by(lambda number, _: self.signals.append(number), caught))
             self._keep_running(launcher, states, rerun_changed)
         for name, reason in self.failures.items():
@@ -156,76 +144,67 @@ class Sweep:
                 "(with compare.py: --name)"
             )
 
-    def _keep_running(
-        self, launcher: LocalLauncher | SlurmLauncher, states: dict[str, str], rerun_changed: bool
-    ) -> None:
+    def _keep_running(self, launcher: Launcher, states: dict[str, str], rerun_changed: bool) -> None:
         pending = [run for run in self.runs if states[run.name] != "finished"]
         interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log file keeps every update
         total, done = len(self.runs), len(self.runs) - len(pending)
         # The time left follows from the runs made now, by their mean (smoothing 0), because they end in groups.
         bar = tqdm(total=total, initial=done, desc=self.measured.stem, unit="run", mininterval=interval, smoothing=0)
-        running: dict[str, Started] = {}  # by the run's name
+        running: dict[str, tuple[Run, Job | EarlierJob]] = {}
         told = 0  # signals that have been passed on
         try:
             while (pending and not self.signals) or running:
                 while pending and not self.signals and len(running) < launcher.jobs:
                     run = pending.pop(0)
-                    try:
-                        if started := self._start(run, states[run.name], launcher, rerun_changed):
-                            running[run.name] = started
-                    except UsageError as error:  # from a cluster
-                        if not running and not self.finished:  # the others would be refused as well
-                            raise
-                        self.failures[run.name] = str(error)
+                    if job := self._start(run, states[run.name], launcher, rerun_changed):
+                        running[run.name] = run, job
                     bar.set_postfix_str(", ".join(running))
-                for name, (run, found, job) in list(running.items()):
+                for name, (run, job) in list(running.items()):
                     code = job.poll()
                     if code is not None:
                         del running[name]
                         # A process of a killed sweep locks its folder only after some seconds; ours is then refused.
-                        if isinstance(job, EarlierJob) or (code == 2 and is_held(self.folder / name / LOCK)):
+                        if isinstance(job, EarlierJob) or (code == REFUSED and is_held(self.folder / name / LOCK)):
                             pending.insert(0, run)  # its folder says whether it has finished
                         else:
-                            self._ended(run, code, found)
+                            self._ended(run, code)
                 if ended := done + self.finished + len(self.failures) - bar.n:
                     bar.update(ended)
                 if len(self.signals) > told:
                     told = len(self.signals)
-                    for *_, job in running.values():
+                    for _, job in running.values():
                         job.stop(at_once=told > 1)
                 time.sleep(_POLL_SECONDS)
         except BaseException:
-            for *_, job in running.values():
+            for _, job in running.values():
                 job.stop()
             raise
         finally:
             bar.close()
 
-    def _start(
-        self, run: Run, state: str, launcher: LocalLauncher | SlurmLauncher, rerun_changed: bool
-    ) -> Started | None:
+    def _start(self, run: Run, state: str, launcher: Launcher, rerun_changed: bool) -> Job | EarlierJob | None:
         """Start a run, or wait for an earlier sweep's; None if it has finished meanwhile, and has its line now."""
         if state not in ("failed", "changed"):
             state = self.state(run)
         if state == "running":
             tqdm.write(f"{run.name}: an earlier sweep's process still runs it; waiting for its end", file=sys.stderr)
-            return Started(run, None, launcher.adopt(self.folder / run.name / LOCK, self.log(run)))
+            return launcher.adopt(self.folder / run.name / LOCK, self.log(run))
         if state == "ended":
-            self._ended(run, 0, None)
+            self._ended(run, 0)
             return None
-        command, found = self.command_line(run), self.record_time(run)
+        command = self.command_line(run)
         if state == "failed" or rerun_changed:
             command.append("--overwrite_output_dir")  # replaces another run, and resumes this one
         if state in ("failed", "changed"):
             write_line(self.measured, run.name, None)
-        return Started(run, found, launcher.start(command, self.log(run)))
+        return launcher.start(command, self.log(run))
 
-    def _ended(self, run: Run, code: int, found: int | None) -> None:
+    def _ended(self, run: Run, code: int) -> None:
         """Write the line of a run that has finished or failed, and note a failure."""
         line: dict[str, Any] = {}
         try:
-            # A start that failed before it wrote a record leaves the record of an earlier start.
-            if (code == 0 or self.record_time(run) != found) and (made := self.line_of(run)):
+            # A refused start writes no record: the one in its folder is an earlier start's.
+            if code != REFUSED and (made := self.line_of(run)):
                 line = made
                 write_line(self.measured, run.name, line)
         except UsageError as error:  # this run's record is damaged; the others continue
@@ -238,6 +217,6 @@ class Sweep:
 
 
 def _last_line(log: Path) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""  # a job that never began has none
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = (line.strip() for line in reversed(text.splitlines()) if not line.startswith(ON))
     return next(filter(None, lines), "")

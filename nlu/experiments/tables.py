@@ -91,21 +91,6 @@ def by_task(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield task, cells.set_index("row").reindex(rows)
 
 
-def training_frame(every: pd.DataFrame) -> pd.DataFrame:
-    """How far each row was trained on each task: means over the seeds.
-
-    Λ is the sum of the learning rates over the steps; ‖ΔW‖ is the Frobenius norm at the last logged step, the mean over
-    the adapted layers.
-    """
-    done = finished(every)
-    done = done.assign(minutes=done.train_seconds / 60, memory_mib=done.peak_memory_bytes / 2**20)
-    done = done.rename(columns={"label": "row", "rate_sum": "Λ", "delta_norm": "‖ΔW‖"})
-    grouped = done.groupby(["row", "task"], sort=False)
-    names = ["Λ", "‖ΔW‖", "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
-    processors = grouped.processor.agg(lambda each: ", ".join(sorted({*each} - {""})))
-    return grouped[names].mean().assign(processors=processors).reset_index()
-
-
 def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Add the scores that a paper's table has for the same encoder and methods, and say where they come from.
 

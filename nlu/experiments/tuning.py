@@ -10,24 +10,31 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from nlu.errors import UsageError
-from nlu.experiments.experiment import Experiment, Run, run_name
+from nlu.experiments.experiment import Experiment, Run
+from nlu.experiments.lines import planned
+from nlu.experiments.names import RATE, run_name
 from nlu.experiments.statistics import as_frame
 from nlu.experiments.sweep_loop import Ran
 from nlu.experiments.tables import number
 from nlu.tasks import HEADINGS
 
 Grids = Mapping[str, Sequence[float]]  # row, or row and task → the rates to try
+Discarded = Callable[[pd.DataFrame], pd.Series]  # which rows of the table of `choose_rates` are discarded
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 
 class Tuned(NamedTuple):
-    """What a tuning has found: the exit code of its runs, their lines, and the table of :func:`choose_rates`."""
+    """What a tuning has found: the exit code of its runs, and the table of :func:`tuning_frame`."""
 
     code: int
-    lines: list[dict[str, Any]]
     table: pd.DataFrame
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Row, or row and task → its chosen learning rate."""
+        return dict(self.table[self.table.chosen].set_index("row").value)
 
 
 @dataclass(frozen=True)
@@ -41,15 +48,20 @@ class Tuning:
         """NAME_tuning."""
         return f"{self.experiment.name}_tuning"
 
+    @property
+    def per_task(self) -> bool:
+        """Whether each task has a rate of its own."""
+        return self.experiment.tune.one_rate_for == "row_and_task"
+
     def subject(self, run: Run) -> str:
         """What gets one rate: the run's row, or its row and task."""
-        return f"{run.row} on {run.data}" if self.experiment.tune.one_rate_for == "row_and_task" else run.row
+        return _subject(run.label, run.task, self.per_task)
 
     @cached_property
     def cells(self) -> list[Run]:
         """One final run of each tuned row and task."""
         tuned = [run for run in self.experiment.runs if run.rates]
-        return list({(run.row, run.data): run for run in reversed(tuned)}.values())[::-1]
+        return list({(run.label, run.task): run for run in reversed(tuned)}.values())[::-1]
 
     @property
     def grids(self) -> dict[str, Sequence[float]]:
@@ -61,7 +73,7 @@ class Tuning:
         grids: dict[str, Sequence[float]] = {}
         for cell in self.cells:
             if grids.setdefault(self.subject(cell), cell.rates) != cell.rates:
-                raise UsageError(f"tune: {cell.row} has other rates on {cell.data}: give one_rate_for: row_and_task")
+                raise UsageError(f"tune: {cell.label} has other rates on {cell.task}: give one_rate_for: row_and_task")
         return grids
 
     def runs(self, grids: Grids) -> list[Run]:
@@ -76,9 +88,8 @@ class Tuning:
         axes = {axis: label for axis, label in final.axes.items() if axis != "seed"} | own
         own |= {"holdout_fraction": self.experiment.tune.holdout_fraction}
         own |= {"do_predict": None, "predict_task": None}  # a tuning does not look at test rows
-        return replace(
-            final, name=run_name(axes), axes=axes, arguments=final.arguments | self._length(final) | own, rates=()
-        )
+        arguments = final.arguments | self._length(final) | own
+        return Run(run_name(axes), f"{final.label}{RATE}{rate}", final.task, axes, arguments)
 
     def _length(self, final: Run) -> dict[str, Any]:
         """The arguments that set the length of a tuning run; warm-ups and masking interval shrink in proportion.
@@ -108,68 +119,75 @@ class Tuning:
         grids = self.grids
         for left in reversed(range(self.experiment.tune.extend + 1)):
             runs = self.runs(grids)
-            code, found = run_all(Experiment(self.name, runs))
+            code, found = run_all(Experiment(self.name, runs, tune=self.experiment.tune))
             lines = [found[run.name] for run in runs if run.name in found]
-            table = self._choose(runs, lines)
+            table = tuning_frame(as_frame(lines), planned(runs), self.per_task)
             wider = grids | beyond(table)
             if code > 1 or not left or wider == grids:
                 break
             grids = wider
-        return Tuned(code, lines, table)
-
-    def _choose(self, runs: list[Run], lines: list[dict[str, Any]]) -> pd.DataFrame:
-        """The table of :func:`choose_rates` for each `subject` whose runs have all ended."""
-        by_name, ended = {run.name: run for run in runs}, {line["run"] for line in lines}
-        waiting = {self.subject(run) for run in runs if run.name not in ended}
-        frame = as_frame(lines)
-        planned = frame.run.map(by_name)
-        frame = frame.assign(
-            row=planned.map(self.subject),
-            task=planned.map(lambda run: run.data),
-            value=planned.map(lambda run: run.arguments["learning_rate"]),
-        )
-        table = choose_rates(frame)
-        return table[~table.row.isin(waiting)]
+        return Tuned(code, table)
 
     def finals(self, tuned: Tuned) -> Experiment:
-        """The experiment with the chosen rates, without the runs of a row (or row and task) whose tuning gave none."""
-        rates = chosen_rates(tuned.table)
-        runs = [run for run in self.experiment.runs if not run.rates or self.subject(run) in rates]
-        runs = [
-            replace(run, arguments=run.arguments | {"learning_rate": rates[self.subject(run)]}) if run.rates else run
-            for run in runs
-        ]
-        return replace(self.experiment, runs=runs)
+        """The experiment with the chosen rates; the runs of a row (or row and task) whose tuning gave none wait."""
+        runs, waiting, rates = [], [], tuned.rates
+        for run in self.experiment.runs:
+            if not run.rates:
+                runs.append(run)
+            elif (rate := rates.get(self.subject(run))) is None:
+                waiting.append(run)
+            else:
+                runs.append(replace(run, arguments=run.arguments | {"learning_rate": rate}))
+        return replace(self.experiment, runs=runs, waiting=waiting)
 
-    def report(self, tuned: Tuned, names: Mapping[str, str] = {}) -> list[str]:
-        """One line for each subject: the rate chosen, those tried, and what to know about the choice.
-
-        Args:
-            names: subject → how to call it.
-        """
-        rates, lines = chosen_rates(tuned.table), []
-        for subject in dict.fromkeys(map(self.subject, self.cells)):
-            name, own = names.get(subject, subject), tuned.table[tuned.table.row == subject]
-            if subject not in rates:
-                lines.append(f"{name}: no final runs: runs of its tuning have not ended, or all failed")
+    def report(self, tuned: Tuned) -> list[str]:
+        """One sentence for each subject: the rate chosen, those tried, and what to know about the choice."""
+        sentences = []
+        for subject in self.grids:
+            own, rate = tuned.table[tuned.table.row == subject], tuned.rates.get(subject)
+            if rate is None:
+                sentences.append(f"{subject}: no final runs: runs of its tuning have not ended, or all failed.")
                 continue
-            text = f"{name}: learning rate {rates[subject]:g}, of {', '.join(map('{:g}'.format, own.value))}"
+            text = f"{subject}: learning rate {rate:g}, of {', '.join(map('{:g}'.format, own.value))}"
             if own.discarded.all():
                 text += "; a run failed at each of them, so the highest score decided: train longer, or try others"
             elif failed := [f"{value:g}" for value in own.value[own.discarded]]:
                 text += f"; discarded, because a run failed: {', '.join(failed)}"
-            if rates[subject] in (own.value.min(), own.value.max()):
+            if rate in (own.value.min(), own.value.max()):
                 text += "; it is an end of those tried, and a better one may lie beyond"
-            lines.append(text)
-        return lines
+            sentences.append(f"{text}.")
+        return sentences
+
+
+def tune_and_run(experiment: Experiment, run_all: Callable[[Experiment], Ran]) -> tuple[int, list[str]]:
+    """Choose the rates of the runs that are tuned, print them, and make the final runs.
+
+    Args:
+        run_all: makes the runs of an experiment, as :meth:`Sweep.run` does.
+
+    Returns:
+        The exit code of :meth:`Sweep.run`, and the sentences of :meth:`Tuning.report`.
+    """
+    code, sentences = 0, []
+    if any(run.rates for run in experiment.runs):
+        tuning = Tuning(experiment)
+        tuned = tuning.find(run_all)
+        if tuned.code > 1:  # stopped
+            return tuned.code, []
+        sentences = tuning.report(tuned)
+        print("\n".join(f"tuning: {sentence}" for sentence in sentences))
+        code, experiment = tuned.code, tuning.finals(tuned)
+    return max(code, run_all(experiment)[0]), sentences
+
+
+def _subject(label: str, task: str, per_task: bool) -> str:
+    return f"{label} on {task}" if per_task else label
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
 
 
-def choose_rates(
-    runs: pd.DataFrame, discarded: Callable[[pd.DataFrame], pd.Series] = lambda table: table.failed
-) -> pd.DataFrame:
+def choose_rates(runs: pd.DataFrame, discarded: Discarded = lambda table: table.failed) -> pd.DataFrame:
     """One learning rate for each row, the same for all its tasks.
 
     1. The z-score of a run is (score − mean) / standard deviation (with n − 1; z = 0 if it is 0), both over all runs of
@@ -197,11 +215,6 @@ def choose_rates(
     scored = table[table.row.isin(runs.row[~runs.failed])].dropna(subset="z")
     best_first = scored.sort_values(["discarded", "z"], ascending=[True, False], kind="stable")
     return table.assign(chosen=table.index.isin(best_first.drop_duplicates("row").index))
-
-
-def chosen_rates(table: pd.DataFrame) -> dict[str, float]:
-    """Row → its chosen learning rate, from the table of :func:`choose_rates`."""
-    return dict(table[table.chosen].set_index("row").value)
 
 
 def beyond(table: pd.DataFrame) -> dict[str, tuple[float, ...]]:
@@ -234,23 +247,28 @@ def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
 
 def tuning_frame(
     every: pd.DataFrame,
+    plan: Sequence[dict[str, Any]] = (),
     per_task: bool = False,
-    discarded: Callable[[pd.DataFrame], pd.Series] = lambda table: table.failed,
+    discarded: Discarded = lambda table: table.failed,
 ) -> pd.DataFrame:
     """What tuning tried on held-out rows: for each row and rate the mean score on each task, and the choice, see
-    :func:`choose_rates`.
+    :func:`choose_rates`. A row whose runs have not all ended has none yet.
 
     Args:
+        plan: the runs of the tuning, see :func:`~nlu.experiments.lines.planned`; empty if all have ended.
         per_task: each row has a rate of its own on each task.
     """
     rates = tuning_runs(every)
     rates = rates[rates.held_out]
-    if not len(rates):
-        return pd.DataFrame()
-    if per_task:
-        rates = rates.assign(row=rates.row + " on " + rates.task)
+    rates = rates.assign(row=list(map(_subject, rates.row, rates.task, [per_task] * len(rates))))
+    ended = set(every.run)
+    waiting = {
+        _subject(run["label"].partition(RATE)[0], run["task"], per_task) for run in plan if run["run"] not in ended
+    }
+    table = choose_rates(rates, discarded)
+    table["chosen"] &= ~table.row.isin(waiting)
     scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)
-    return choose_rates(rates, discarded).merge(scores.reset_index(), "left", on=["row", "value"])
+    return table.merge(scores.reset_index(), "left", on=["row", "value"])
 
 
 def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from nlu.command_line import parse_arguments
-from nlu.experiments.launchers import LocalLauncher
+from nlu.experiments.launcher import Launcher
 from nlu.experiments.lines import read_lines
 from nlu.runs.identity import content_digests
 
@@ -46,7 +46,7 @@ def record_of(folder, run):
 
 def without_processes(monkeypatch):
     """Run the stand-in inside the tests' process, unless it is killed by a signal or waits for one."""
-    start = LocalLauncher.start
+    start = Launcher.start
 
     def start_here(self, command, log):
         if __file__ not in command or {"--weight_decay=3", "--weight_decay=4"} & set(command):
@@ -55,7 +55,7 @@ def without_processes(monkeypatch):
             code = main(command[command.index(__file__) + 1 :])
         return SimpleNamespace(poll=lambda: code)
 
-    monkeypatch.setattr(LocalLauncher, "start", start_here)
+    monkeypatch.setattr(Launcher, "start", start_here)
 
 
 def main(argv: list[str]) -> int:

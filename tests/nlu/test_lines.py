@@ -11,8 +11,9 @@ from torch.nn import functional
 
 import loralib
 from nlu.errors import UsageError
-from nlu.experiments.experiment import Run, make_experiment, portable
+from nlu.experiments.experiment import Run, make_experiment
 from nlu.experiments.lines import measured_line, publish_run, read_lines, write_line
+from nlu.experiments.names import portable
 from nlu.metrics import constant_loss
 from nlu.tasks import TASKS
 from tests.nlu.measured_lines import line
@@ -21,7 +22,7 @@ from tests.nlu.measured_lines import line
 def test_measured_line_has_the_results_of_a_real_run(finished):
     record = finished[1] | {"model_commit": "c0ffee"}
     axes = {"method": "lora2", "task_name": "cola", "seed": 3}
-    made = measured_line(Run("lora2-cola-seed=3", axes, {**axes, "max_steps": 6}), record)
+    made = measured_line(Run("lora2-cola-seed=3", "LoRA²", "cola", axes, {**axes, "max_steps": 6}), record)
     assert (made["label"], made["task"], made["seed"]) == ("LoRA²", "cola", 3)
     assert made["evaluations"]["step"] == [3, 6]
     assert made["evaluations"]["matthews_correlation"][-1] == made["last"] == record["last"]
@@ -63,7 +64,7 @@ def test_constant_loss_is_the_lowest_cross_entropy_of_one_answer(weights, smooth
 
 
 def test_run_without_a_valid_result_counts_as_failed():
-    run = Run("a", {"method": "lora"}, {"method": "lora", "seed": 1})
+    run = Run("a", "LoRA", "cola", {"method": "lora"}, {"method": "lora", "seed": 1})
     evaluations = [{"step": 1, "epoch": 1.0, "loss": 0.3, "accuracy": 0.5}]
     record = {"status": "finished", "method": "lora", "seed": 1, "last": 0.5, "metric": "accuracy",
               "evaluations": evaluations}  # fmt: skip
@@ -119,9 +120,7 @@ def test_lines_are_sorted_replaced_and_removed(tmp_path):
 def test_own_data_are_a_task_with_a_name(file, grid, task):
     """Two data sets of one's own are two tasks of a table, not two rows."""
     (run,) = make_experiment("own", {"method": ["lora"], **grid, "seed": [1]}, base={"train_file": file}).runs
-    record = {"status": "failed", "task": "custom", "method": "lora", "seed": 1, "arguments": {"train_file": file}}
-    made = measured_line(run, record)
-    assert (made["label"], made["task"]) == ("LoRA", task)
+    assert (run.label, run.task) == ("LoRA", task)
 
 
 WHOLE = line("LoRA r=8", "cola", 1, [0.2, 0.3], run="other")

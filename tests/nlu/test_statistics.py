@@ -6,13 +6,7 @@ import pytest
 from scipy import stats
 
 from nlu.errors import UsageError
-from nlu.experiments.statistics import (
-    as_frame,
-    estimate,
-    load_measured,
-    paired,
-    seeds_for,
-)
+from nlu.experiments.statistics import as_frame, estimate, load_measured, paired
 from nlu.experiments.tables import score_frame
 from tests.nlu.measured_lines import line, write
 
@@ -47,15 +41,6 @@ def test_estimate_adds_the_variances_of_tasks_as_welch_does():
     assert result.freedom == pytest.approx(welch.df)
     for unknown in (pairs.assign(task=list("aaabbbc")), pairs.assign(difference=84.3)):  # a single value, and ties
         assert np.isnan(estimate(unknown).interval).all()
-
-
-def test_seeds_for_gives_a_power_of_eighty_percent():
-    pairs = pd.DataFrame({"task": list("aaabbb"), "difference": [7.0, 8.0, 9.0, 0.0, 0.0, 150.0**0.5]})
-    n = seeds_for(6.0, pairs)
-    freedom = (1 + 50) ** 2 / (1**2 + 50**2) * (n - 1)  # Welch and Satterthwaite; the tasks' variances are 1 and 50
-    power = stats.nct.sf(stats.t.ppf(0.975, freedom), freedom, 6 / ((1 + 50) / 4 / n) ** 0.5)
-    assert 0.78 < power < 0.84
-    assert seeds_for(1.0, pairs[:4]) is None and seeds_for(1.0, pairs[:0]) is None  # a single pair of b, and none
 
 
 def test_failed_runs_are_found_by_training_loss_and_not_by_score():

@@ -9,10 +9,8 @@ import yaml
 from scipy import optimize, stats
 
 from nlu import ROOT
-from nlu.command_line import method_file
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.figures import Drawing
-from nlu.experiments.lines import label_of
 from nlu.experiments.statistics import Estimate, as_frame, load_measured, paired
 from results.study import make as study
 from results.study.inference import (
@@ -88,7 +86,7 @@ def test_every_claim_names_rows_that_its_experiment_has():
     for question in load_questions(ROOT / "results/study/questions.yaml"):
         path = ROOT / f"configs/experiments/{question.experiment}.yaml"
         runs = load_experiment(path, {"model_name_or_path": "m"}).runs
-        known = {label_of(run, method_file(run.arguments["method"])[0]) for run in runs}
+        known = {run.label for run in runs}
         asked = {name for claim in question.claims for name in (claim.label, claim.against) if name}
         assert asked | set(question.against) <= known, question.question
 

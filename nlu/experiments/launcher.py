@@ -1,4 +1,4 @@
-"""How a sweep starts its runs: as processes of this machine, each on its own devices, or as jobs of a Slurm cluster."""
+"""How a sweep starts its runs: as processes of this machine, each on its own devices."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import sys
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from nlu import ROOT
-from nlu.errors import UsageError, reason
+from nlu.errors import UsageError
 
 _VARIABLES = {"cuda": "CUDA_VISIBLE_DEVICES", "xpu": "ZE_AFFINITY_MASK"}  # by torch's type of device
 ON = "devices: "  # begins the line of a log that names a run's devices
 RUN_GLUE = [sys.executable, str(ROOT / "nlu/run_glue.py")]  # the command of one run; its flags are appended
 
 
-class LocalLauncher:
+class Launcher:
     """Starts runs as child processes with devices of their own, and OMP_NUM_THREADS threads for each process.
 
     Attributes:
@@ -34,7 +33,7 @@ class LocalLauncher:
         starts = range(0, len(devices) - gpus_per_run + 1, gpus_per_run)
         self.groups = [",".join(devices[start : start + gpus_per_run]) for start in starts]
         self.jobs = jobs or max(1, len(self.groups))
-        self.held: list[tuple[str, LocalJob | EarlierJob]] = []  # a group, and a job that has it
+        self.held: list[tuple[str, Job | EarlierJob]] = []  # a group, and a job that has it
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // (self.jobs * gpus_per_run)))
         self.environment = os.environ | {"OMP_NUM_THREADS": threads}  # MKL and OpenBLAS read it too
 
@@ -45,7 +44,7 @@ class LocalLauncher:
         shared = f"; {self.jobs} runs at once share them" if self.jobs > len(self.groups) else ""
         return f"{self.variable}={' or '.join(self.groups)} for a run{shared}"
 
-    def start(self, command: list[str], log: Path) -> LocalJob:
+    def start(self, command: list[str], log: Path) -> Job:
         """Start a command on the devices that the fewest jobs have; its output is appended to the log.
 
         Raises:
@@ -57,7 +56,7 @@ class LocalLauncher:
             if group:
                 output.write(f"{ON}{self.variable}={group}\n".encode())
                 output.flush()
-            job = LocalJob(
+            job = Job(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -81,7 +80,7 @@ class LocalLauncher:
         return min(self.groups, key=lambda group: used[group], default="")
 
 
-class LocalJob(subprocess.Popen):
+class Job(subprocess.Popen):
     """A process and its children; `poll` returns its exit code, or None while it runs."""
 
     def stop(self, at_once: bool = False) -> None:
@@ -103,75 +102,6 @@ class EarlierJob:
     def stop(self, at_once: bool = False) -> None:
         """Leave it alone: it is not this sweep's."""
         self.left = True
-
-
-class SlurmLauncher:
-    """Submits runs to a cluster through submitit, `jobs` at once; `parameters` go unchanged to its executor.
-
-    `parameters["cluster"]` may name submitit's executor `local`, which needs no Slurm.
-    """
-
-    def __init__(self, folder: Path, parameters: dict[str, Any], jobs: int) -> None:
-        import submitit
-
-        self.jobs = jobs
-        options = {"timeout_min": 24 * 60, **parameters}  # submitit's default limit is 5 minutes
-        try:
-            self.executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", "slurm"))
-            self.executor.update_parameters(**options)
-        except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
-            raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
-        self.refusals = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError)
-
-    def __str__(self) -> str:
-        return "jobs of the cluster"
-
-    def adopt(self, lock: Path, log: Path) -> EarlierJob:
-        """The job of a run that an earlier sweep started and that still goes, on a disk with locks."""
-        return EarlierJob(lock)
-
-    def start(self, command: list[str], log: Path) -> SlurmJob:
-        """Submit a command that runs in the current folder; its output is appended to the log.
-
-        Raises:
-            UsageError: the cluster refuses the job.
-        """
-        log, folder = log.resolve(), os.getcwd()
-
-        def run() -> int:  # a nested function is pickled with its code, so the node imports nothing
-            with open(log, "ab") as output:
-                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder)
-            # Slurm (and submitit: SIGUSR2 before the time is up) signals only this process, which makes the run save.
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-                signal.signal(number, lambda *_: process.terminate())
-            return process.wait()
-
-        try:
-            return SlurmJob(self.executor.submit(run))
-        except self.refusals as error:
-            raise UsageError(f"submitit: {reason(error) or type(error).__name__}; check --slurm") from None
-
-
-class SlurmJob:
-    """A job of the cluster, with the methods of :class:`LocalJob`."""
-
-    def __init__(self, job: Any) -> None:
-        self.job, self.ended = job, False
-
-    def poll(self) -> int | None:
-        if self.ended:
-            return 1
-        if not self.job.done():
-            return None
-        try:
-            return self.job.result()
-        except Exception as error:  # submitit raises its own errors for a job that vanished or was cancelled
-            print(f"job {self.job.job_id}: {reason(error)}", file=sys.stderr)
-            return 1
-
-    def stop(self, at_once: bool = False) -> None:
-        self.job.cancel(check=False)  # scancel fails if the job has ended meanwhile
-        self.ended = at_once  # without accounting (sacct) the cluster never reports the end
 
 
 def available_cores() -> int:

@@ -1,8 +1,6 @@
-"""How a sweep starts its runs: the devices and threads of each, runs that a killed sweep left, and a cluster's jobs."""
+"""How a sweep starts its runs: the devices and threads of each, and runs that a killed sweep left."""
 
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 
@@ -11,9 +9,10 @@ import torch
 
 from loralib.files import locked
 from nlu.errors import UsageError
-from nlu.experiments import launchers, sweep_loop
+from nlu.experiments import launcher as launching
+from nlu.experiments import sweep_loop
 from nlu.experiments.experiment import make_experiment
-from nlu.experiments.launchers import LocalLauncher, SlurmLauncher
+from nlu.experiments.launcher import Launcher
 from nlu.experiments.sweep_loop import Sweep
 from tests.nlu import sweeps
 from tests.nlu.sweeps import BASIC, ONE
@@ -47,13 +46,13 @@ def test_each_of_seven_runs_has_a_device_that_no_other_has_also_after_failures_a
                 self.code = sweeps.main([*self.command[1:], f"--weight_decay={int('--seed=2' in self.command)}"])
             return self.code
 
-    monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
-    monkeypatch.setattr(launchers, "LocalJob", Job)
+    monkeypatch.setattr(launching, "visible_devices", lambda: FOUR)
+    monkeypatch.setattr(launching, "Job", Job)
     monkeypatch.setattr(sweep_loop.time, "sleep", lambda _: None)
     content = BASIC | {"grid": ONE | {"seed": [1, 2, 3, 4, 5, 6, 7]}}
 
     def run_all():
-        return Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"]).run(LocalLauncher())[0]
+        return Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"]).run(Launcher())[0]
 
     assert run_all() == 1 and len(used) == 7 and used[:4] == FOUR[1] and not busy
     assert (tmp_path / "o/trial/logs/lora-cola-seed=2.log").read_text() == "devices: CUDA_VISIBLE_DEVICES=GPU-5f\n"
@@ -61,18 +60,18 @@ def test_each_of_seven_runs_has_a_device_that_no_other_has_also_after_failures_a
 
 
 def test_more_jobs_than_devices_share_them_evenly_and_a_device_goes_to_the_next(tmp_path, monkeypatch):
-    monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
-    launcher = LocalLauncher(7)
+    monkeypatch.setattr(launching, "visible_devices", lambda: FOUR)
+    launcher = Launcher(7)
     assert str(launcher) == "CUDA_VISIBLE_DEVICES=0 or GPU-5f or 2 or 3 for a run; 7 runs at once share them"
     code = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); sys.stdin.read()"
     pipes = []
 
-    class Job(launchers.LocalJob):
+    class Piped(launching.Job):
         def __init__(self, *args, **options):
             super().__init__(*args, **options | {"stdin": subprocess.PIPE})
             pipes.append(self.stdin)
 
-    monkeypatch.setattr(launchers, "LocalJob", Job)
+    monkeypatch.setattr(launching, "Job", Piped)
     logs = [tmp_path / f"{number}" for number in range(8)]
     jobs = [launcher.start([sys.executable, "-c", code], log) for log in logs[:7]]
     pipes[2].close()
@@ -83,11 +82,11 @@ def test_more_jobs_than_devices_share_them_evenly_and_a_device_goes_to_the_next(
         wait(job)
     own = [log.read_text().splitlines()[1] for log in logs]
     assert own == [*FOUR[1], "0", "GPU-5f", "2", "2"]
-    pairs = LocalLauncher(gpus_per_run=2)
+    pairs = Launcher(gpus_per_run=2)
     assert pairs.jobs == 2 and pairs.groups == ["0,GPU-5f", "2,3"]
     with pytest.raises(UsageError, match="--gpus_per_run 5: 4 devices are visible"):
-        LocalLauncher(gpus_per_run=5)
-    assert str(LocalLauncher(use_cpu=True)) == "1 run(s) at once, without a GPU"
+        Launcher(gpus_per_run=5)
+    assert str(Launcher(use_cpu=True)) == "1 run(s) at once, without a GPU"
 
 
 @pytest.mark.parametrize(
@@ -107,12 +106,12 @@ def test_devices_are_those_that_the_accelerators_variable_names(monkeypatch, kin
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launchers, "version", lambda _: "2.15.0")
+    monkeypatch.setattr(launching, "version", lambda _: "2.15.0")
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert launchers.visible_devices() == expected
+    assert launching.visible_devices() == expected
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -121,14 +120,14 @@ def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp
 
     One that has just started (`late`) takes its lock only when the next sweep has started the run too.
     """
-    monkeypatch.setattr(launchers, "visible_devices", lambda: FOUR)
+    monkeypatch.setattr(launching, "visible_devices", lambda: FOUR)
     content = BASIC | {"grid": ONE | {"seed": [1, 2]}}
     run, other = make_experiment(**content).runs
     sweep = Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"])
     (sweep.folder / run.name).mkdir(parents=True)
     sweep.log(run).parent.mkdir()
     sweep.log(run).write_text("devices: CUDA_VISIBLE_DEVICES=0\n")
-    launcher, started, looks, lock = LocalLauncher(), [], [], sweep.folder / run.name / ".lock"
+    launcher, started, looks, lock = Launcher(), [], [], sweep.folder / run.name / ".lock"
 
     class Job:
         def __init__(self, command, env, **_):
@@ -148,7 +147,7 @@ def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp
             sweeps.main(sweep.command_line(run)[1:])
             held.close()
 
-    monkeypatch.setattr(launchers, "LocalJob", Job)
+    monkeypatch.setattr(launching, "Job", Job)
     monkeypatch.setattr(sweep_loop.time, "sleep", sleep)
     with contextlib.ExitStack() as held:
         if not late:
@@ -160,7 +159,7 @@ def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp
     assert "2 run(s) finished now, 0 failed" in out and f"{run.name}: an earlier sweep's process still runs it" in err
 
 
-# ---- how a run is started here and on a cluster ----------------------------------------------------------------------
+# ---- threads --------------------------------------------------------------------------------------------------------
 
 
 def wait(job):
@@ -171,42 +170,9 @@ def wait(job):
 @pytest.mark.parametrize(("jobs", "asked", "threads"), [(3, "", 2), (3, "5", 5)])
 def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path, monkeypatch, jobs, asked, threads):
     """The threads are its share of 8 cores, or the number in OMP_NUM_THREADS."""
-    monkeypatch.setattr(launchers, "available_cores", lambda: 8)
+    monkeypatch.setattr(launching, "available_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     log = tmp_path / "log"
     code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit(7)"
-    assert wait(LocalLauncher(jobs).start([sys.executable, "-c", code], log)) == 7
+    assert wait(Launcher(jobs).start([sys.executable, "-c", code], log)) == 7
     assert log.read_text() == f"{threads}\n"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_signals_of_slurm_are_passed_on_to_the_run(tmp_path, number):
-    log = tmp_path / "log"
-    code = (
-        "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));"
-        "print(os.getppid(), flush=True); time.sleep(60)"
-    )
-    launcher = SlurmLauncher(tmp_path / "jobs", {"cluster": "local", "timeout_min": 10}, 1)
-    job = launcher.start([sys.executable, "-c", code], log)
-    wait_until(lambda: log.exists() and log.read_text().endswith("\n"))
-    os.kill(int(log.read_text()), number)
-    assert wait(job) == 143
-
-
-def test_job_that_the_cluster_forgets_ends_if_it_is_killed():
-    """Without job accounting, the state of an ended job is unknown and scancel fails for it."""
-
-    class Forgotten:
-        def done(self):
-            return False
-
-        def cancel(self, check=True):
-            if check:
-                raise subprocess.CalledProcessError(1, "scancel")
-
-    job = launchers.SlurmJob(Forgotten())
-    job.stop()
-    assert job.poll() is None
-    job.stop(at_once=True)
-    assert job.poll() == 1
