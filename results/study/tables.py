@@ -43,6 +43,21 @@ def score_table(every: pd.DataFrame, against: Sequence[str] = ()) -> pd.DataFram
     return pd.DataFrame(rows).astype({"parameters": "Int64"})
 
 
+def training_table(every: pd.DataFrame) -> pd.DataFrame:
+    """How far each row was trained on each task: means over the seeds.
+
+    Λ is the sum of the learning rates over the steps; ‖ΔW‖ is the Frobenius norm at the last logged step, the mean over
+    the adapted layers.
+    """
+    done = finished(every)
+    done = done.assign(minutes=done.train_seconds / 60, memory_mib=done.peak_memory_bytes / 2**20)
+    done = done.rename(columns={"label": "row", "rate_sum": "Λ", "delta_norm": "‖ΔW‖"})
+    grouped = done.groupby(["row", "task"], sort=False)
+    names = ["Λ", "‖ΔW‖", "training_loss_end", "loss", "lowest_loss", "minutes", "memory_mib"]
+    processors = grouped.processor.agg(lambda each: ", ".join(sorted({*each} - {""})))
+    return grouped[names].mean().assign(processors=processors).reset_index()
+
+
 def _validation(done: pd.DataFrame, task: str, labels: pd.Index) -> dict[str, pd.Series]:
     """The last evaluation's scores of a task whose runs are scored on test rows."""
     if "validation" not in done:
