@@ -43,8 +43,6 @@ def check_and_complete(args: Any, given: Collection[str], chosen: Collection[str
     _check_data(args, given)
     if args.bf16 and args.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")
-    if args.push_to_hub != (args.hub_model_id is not None):
-        raise UsageError("--push_to_hub and --hub_model_id OWNER/NAME belong together: give both or neither")
     if args.report_to != "none" and find_spec(args.report_to) is None:
         raise UsageError(f"--report_to {args.report_to} needs its package: pip install {args.report_to}")
     _plan_evaluations(args)

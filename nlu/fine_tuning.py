@@ -33,7 +33,7 @@ from nlu.runs.log import log_to, say
 from nlu.runs.machine import commit_of_code
 from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all, without_accelerate_fsdp
 from nlu.runs.record import RunRecord, say_outcome, say_start
-from nlu.runs.saved_adapter import save_run_adapter, start_from_adapter, upload_adapter
+from nlu.runs.saved_adapter import save_run_adapter, start_from_adapter
 from nlu.tasks import TASKS, Task
 from nlu.trainer import GlueTrainer, trainer_arguments
 
@@ -45,7 +45,7 @@ def run(arguments: Arguments, data: Data) -> None:
 
     Raises:
         UsageError: if the arguments, the data, the model and the folder do not fit together.
-        RunError: if the training cannot continue, or an upload fails. Interrupted: after a signal.
+        RunError: if the training cannot continue. Interrupted: after a signal.
     """
     commit_of_code()
     folder = RunFolder(arguments, common_digests(arguments))
@@ -56,8 +56,6 @@ def run(arguments: Arguments, data: Data) -> None:
             _publish(arguments, previous)
         else:
             _run_in(folder, previous, arguments, data, held)
-        if arguments.push_to_hub and is_first():
-            upload_adapter(arguments)
 
 
 def common_digests(arguments: Arguments) -> dict[str, str]:

@@ -361,7 +361,6 @@ def trainer_arguments(arguments: Arguments, metric: str) -> TrainingArguments:
         "logging_nan_inf_filter": False,  # a loss that is not finite ends the run
         "metric_for_best_model": f"eval_{metric}",
         "greater_is_better": True,
-        "push_to_hub": False,  # the run uploads its adapter itself
         "disable_tqdm": True,  # the run prints lines of its own
     }
     if not values["gradient_checkpointing"]:  # newer transformers renamed it, and warn even if it is given as False

@@ -1,20 +1,18 @@
-"""Saves and uploads the adapter that a run has trained, and starts a run from a saved one."""
+"""Saves the adapter that a run has trained, and starts a run from a saved one."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 from torch import nn
 
 import loralib
 from loralib.files import write_json
 from loralib.recipes.exact_factors import make_orthonormal
 from nlu.arguments import Arguments
-from nlu.errors import RunError, UsageError, reason
+from nlu.errors import RunError, UsageError
 from nlu.methods.registry import card_of
-from nlu.runs.log import say
 
 
 def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
@@ -47,24 +45,6 @@ def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
         )
     except ValueError as error:
         raise RunError(str(error)) from None
-
-
-def upload_adapter(arguments: Arguments) -> None:
-    """Upload ``adapter/`` of a finished run, whose card shows the score, to ``--hub_model_id``.
-
-    Raises:
-        RunError: if the upload fails; the run itself is finished.
-    """
-    adapter, name = Path(arguments.root_output_dir) / "adapter", arguments.hub_model_id
-    api = huggingface_hub.HfApi()
-    try:
-        api.create_repo(name, private=arguments.hub_private_repo, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=adapter)
-    except Exception as error:  # the hub's own exceptions, or those of the network
-        raise RunError(
-            f"the run is finished, but its upload failed ({reason(error, 200)}): run hf upload {name} {adapter}"
-        ) from None
-    say(f"uploaded: {adapter} to {name}")
 
 
 def start_from_adapter(model: nn.Module, arguments: Arguments) -> dict[str, Any]:

@@ -1,13 +1,11 @@
-"""What a run reports: progress lines, the next commands, trackers, the hub, and its log."""
+"""What a run reports: progress lines, the next commands, trackers, and its log."""
 
 import json
 import logging
 import re
 import shlex
-from pathlib import Path
 from unittest import mock
 
-import huggingface_hub
 import pytest
 from peft import AutoPeftModelForSequenceClassification
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -15,10 +13,9 @@ from transformers import AutoTokenizer
 
 from loralib import export
 from nlu import predict
-from nlu.run_glue import main
 from nlu.runs.log import log_to, say
 from nlu.runs.record import best_and_last
-from tests.nlu.tiny import read, write_rows
+from tests.nlu.tiny import write_rows
 
 
 def test_progress_lines_logged_numbers_and_printed_commands(finished, tmp_path):
@@ -51,19 +48,6 @@ def test_progress_lines_logged_numbers_and_printed_commands(finished, tmp_path):
         assert tokens["input_ids"].shape == (1, 8)
         answer = json.loads(out.read_text().splitlines()[0])["probabilities"]
         assert list(answer.values()) == pytest.approx(model(**tokens).logits.softmax(-1)[0].tolist(), abs=1e-5)
-
-
-@pytest.mark.slow
-def test_the_adapter_is_uploaded_with_its_card_and_score(base_flags, run_folder, monkeypatch, capsys):
-    hub = mock.Mock()
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda **_: hub)
-    flags = [*base_flags, "--method", "lora", "--push_to_hub"]
-    for name in ("me/cola", "me/again"):  # the second time the run has already finished
-        assert main([*flags, "--hub_model_id", name]) == 0 and "uploaded: " in capsys.readouterr().out
-        assert hub.create_repo.call_args.args[0] == hub.upload_folder.call_args.kwargs["repo_id"] == name
-        folder = Path(hub.upload_folder.call_args.kwargs["folder_path"])
-        assert folder == run_folder / "adapter" and (folder / "tokenizer.json").exists()
-    assert f"{read(base_flags)['last']:.4f}"[:5] in (folder / "README.md").read_text()
 
 
 # ---- log and record -------------------------------------------------------------------------------------------------
