@@ -1,8 +1,6 @@
 """GLUE's metrics, computed by scikit-learn and SciPy, and defined for every prediction that a model can make.
 
 ``nlu/tasks.py`` says which metric is a task's score, and on which of MNLI's two sets.
-
-The file is also a module for `evaluate.load("nlu/metrics.py", "cola")`, which needs no network.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nlu.tasks import TASKS, Task
+from nlu.tasks import Task
 
 
 def _correlation(function: Callable, references: np.ndarray, predictions: np.ndarray) -> float:
@@ -106,23 +104,3 @@ def class_report(task: Task, predictions: Sequence, references: Sequence) -> dic
         "classes": {name: report[str(number)] for number, name in enumerate(task.labels)},
         "confusion_matrix": confusion_matrix(references, predictions, labels=classes).tolist(),
     }
-
-
-if __name__.startswith("evaluate_modules"):  # a copy of this file that evaluate.load() imports; evaluate takes seconds
-    import datasets
-    import evaluate
-
-    class Glue(evaluate.Metric):
-        """The metrics of the task that `config_name` names."""
-
-        def _info(self) -> evaluate.MetricInfo:
-            kind = datasets.Value("float64" if TASKS[self.config_name].is_regression else "int64")
-            return evaluate.MetricInfo(
-                description="The metrics of the General Language Understanding Evaluation benchmark.",
-                citation="Wang et al. 2018, GLUE, arXiv:1804.07461",
-                inputs_description="predictions and references: class numbers, or numbers for STS-B.",
-                features=datasets.Features({"predictions": kind, "references": kind}),
-            )
-
-        def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
-            return compute_glue_metrics(TASKS[self.config_name], predictions, references)
