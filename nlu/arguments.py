@@ -7,7 +7,6 @@ The arguments of the methods are in their files (``nlu/methods/``).
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,11 +47,6 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError("give true or false")
     return text.lower() == "true"
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Parse a JSON object."""
-    return dict(json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -119,8 +113,7 @@ class Arguments(SimpleNamespace):
 _SEED = Range(0, 2**32)  # NumPy's global generator accepts no larger seeds
 _INTERVALS = ("no", "steps", "epoch")
 _SCHEDULES = (
-    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup",
-    "inverse_sqrt", "warmup_stable_decay",
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
 )  # fmt: skip
 
 MODEL_FLAGS = (
@@ -151,7 +144,6 @@ DATA_FLAGS = (
          "balanced: the training loss weighs each class by the inverse of its share of the rows."),
     Flag("predict_task", ("ax",), None, "Predict this task's test set too, after training on mnli."),
     Flag("max_seq_length", int, 128, "Maximum input length in tokens; longer inputs are truncated.", AT_LEAST_1),
-    Flag("pad_to_max_length", bool, False, "Pad every batch to max_seq_length instead of to its longest row."),
     Flag("length_bucketing", bool, False,
          "Put examples of similar length into the same batch, which saves padding but changes the batches."),
     Flag("max_train_samples", int, None, "Use only the first N training rows.", AT_LEAST_1),
@@ -177,8 +169,6 @@ TRAINING_FLAGS = (
     Flag("head_learning_rate", float, None,
          "Learning rate of the classification head. Default: --learning_rate.", POSITIVE),
     Flag("lr_scheduler_type", _SCHEDULES, "linear", "Learning-rate schedule after the warm-up (constant: no warm-up)."),
-    Flag("lr_scheduler_kwargs", json_object, None, "Further arguments of the schedule, as a JSON object (constant and "
-         "constant_with_warmup ignore them)."),
     Flag("warmup_steps", float, 0.0, "Warm-up steps; a value below 1 is a fraction of all steps.", NOT_NEGATIVE,
          ("warmup_ratio",)),
     Flag("schedule_steps", int, None, "Number of training steps that --warmup_steps, --init_warmup, --final_warmup and "
@@ -192,11 +182,8 @@ TRAINING_FLAGS = (
     Flag("gradient_accumulation_steps", int, 1, "Batches per process in one optimiser step.", AT_LEAST_1),
     Flag("optim", str, "adamw_torch_fused", "Optimiser, under its transformers name."),
     Flag("weight_decay", float, 0.0, "Weight decay.", NOT_NEGATIVE),
-    Flag("adam_beta1", float, 0.9, "Decay of Adam's moving average of the gradient.", SHARE),
-    Flag("adam_beta2", float, 0.999, "Decay of Adam's moving average of the squared gradient.", SHARE),
     Flag("adam_epsilon", float, 1e-8, "Adam's epsilon.", NOT_NEGATIVE),
     Flag("max_grad_norm", float, 1.0, "Gradients are clipped to this norm; 0 turns clipping off.", NOT_NEGATIVE),
-    Flag("label_smoothing_factor", float, 0.0, "Label smoothing in the training loss.", SHARE),
     Flag("bf16", bool, False, "Compute in bfloat16. Trainable parameters, head and logits stay in float32 "
          "(full, bitfit and the methods of peft compute the logits in bfloat16 too)."),
     Flag("fp16", bool, False, "Compute in float16, on a GPU."),
@@ -208,7 +195,6 @@ TRAINING_FLAGS = (
     Flag("per_device_eval_batch_size", int, 64, "Evaluation batch size of each process.", AT_LEAST_1),
     Flag("early_stopping_patience", int, None,
          "Stop after this many evaluations without a better main metric.", AT_LEAST_1),
-    Flag("early_stopping_threshold", float, 0.0, "Smallest improvement of the main metric that counts.", NOT_NEGATIVE),
     Flag("save_strategy", (*_INTERVALS, "best"), "steps", "When to write a checkpoint."),
     Flag("save_steps", int, 500, "Steps between two checkpoints.", AT_LEAST_1),
     Flag("save_total_limit", int, 2, "Number of checkpoints to keep.", AT_LEAST_1),
@@ -220,7 +206,6 @@ TRAINING_FLAGS = (
     Flag("report_to", ("none", "tensorboard", "wandb", "trackio"), "none", "Tracker; its package must be installed."),
     Flag("run_name", str, None, "The run's name in the tracker."),
     Flag("seed", int, 42, "Seed of all random numbers but those of --holdout_seed.", _SEED),
-    Flag("data_seed", int, None, "Seed of the order of the training rows. Default: --seed.", _SEED),
     Flag("full_determinism", bool, False, "Use deterministic GPU kernels, which are slower."),
     Flag("dataloader_num_workers", int, 0, "Worker processes that prepare batches.", NOT_NEGATIVE),
     Flag("use_cpu", bool, False, "Use the CPU even if there is an accelerator."),

@@ -148,7 +148,7 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
         trainer.optimizer = trainer.lr_scheduler = None
     if training.process_index > 0:  # until here all processes drew the same numbers; now each has its own dropout masks
         torch.manual_seed(training.seed + training.process_index)
-    constant = None if labels is None else constant_loss(task, labels, weights, arguments.label_smoothing_factor)
+    constant = None if labels is None else constant_loss(task, labels, weights)
     return trainer, {"data": counts, "warm_start": warm_start, "constant_loss": constant}
 
 
@@ -187,18 +187,16 @@ def class_weights(arguments: Arguments, task: Task, labels: np.ndarray | None) -
     """The weight n / (classes · rows of the class) of each class in the training loss; None if all count equally.
 
     Raises:
-        UsageError: for class weights or label smoothing in regression, or a class without a training row.
+        UsageError: in regression, or if a class has no training row.
     """
-    asked = arguments.class_weights
-    if task.is_regression and (asked or arguments.label_smoothing_factor):
-        flag = "class_weights" if asked else "label_smoothing_factor"
-        raise UsageError(f"--{flag} is for classification, but the labels of {task.name} are numbers: leave it out")
-    if asked is None or labels is None:
+    if arguments.class_weights is None or labels is None:
         return None
+    if task.is_regression:
+        raise UsageError(f"--class_weights is for classes, but the labels of {task.name} are numbers: leave it out")
     from sklearn.utils.class_weight import compute_class_weight  # takes half a second
 
     try:
-        return compute_class_weight(asked, classes=np.arange(task.num_labels), y=labels).tolist()
+        return compute_class_weight(arguments.class_weights, classes=np.arange(task.num_labels), y=labels).tolist()
     except ValueError as error:
         raise UsageError(f"--class_weights: not every class has a training row ({reason(error)})") from None
 

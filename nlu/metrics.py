@@ -67,20 +67,18 @@ def compute_glue_metrics(task: Task, predictions: Sequence, references: Sequence
     return {name: float(_function(name, task)(references, predictions)) for name in task.metrics}
 
 
-def constant_loss(
-    task: Task, labels: Sequence, class_weights: Sequence[float] | None = None, smoothing: float = 0.0
-) -> float:
+def constant_loss(task: Task, labels: Sequence, class_weights: Sequence[float] | None = None) -> float:
     """The training loss of the best constant answer: a training that ends near it has learned nothing.
 
     Args:
         task: says whether the loss is a squared error or a cross entropy. labels: of the training rows, (n,).
-        class_weights, smoothing: as in the training loss.
+        class_weights: as in the training loss.
     """
     labels = np.asarray(labels)
     if task.is_regression:
         return float(labels.var())
-    shares = np.bincount(labels, minlength=task.num_labels) / len(labels)
-    mass = ((1 - smoothing) * shares + smoothing / task.num_labels) * (1.0 if class_weights is None else class_weights)
+    mass = np.bincount(labels, minlength=task.num_labels) / len(labels)
+    mass = mass * (1.0 if class_weights is None else class_weights)
     mass = mass[mass > 0]
     return float(-(mass * np.log(mass / mass.sum())).sum())
 

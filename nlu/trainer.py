@@ -110,9 +110,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.mean_losses: list[float] = []  # of all processes, when they last met
         self.stop_request = StopRequest()
         callbacks: list[TrainerCallback] = [ProgressLines(task.metric)]
-        patience, threshold = arguments.early_stopping_patience, arguments.early_stopping_threshold
-        if patience is not None:
-            callbacks.append(EarlyStoppingCallback(patience, threshold))
+        if arguments.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
         super().__init__(
             model=applied.model,
             low_rank=applied.low_rank,
@@ -120,7 +119,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
             train_dataset=splits.get("train"),
             eval_dataset=self.validation[0] if self.validation else None,
             processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer, "max_length" if arguments.pad_to_max_length else True),
+            data_collator=DataCollatorWithPadding(tokenizer),
             compute_loss_func=self.task_loss,
             compute_metrics=self.task_metrics,
             preprocess_logits_for_metrics=_logits_alone,
@@ -152,15 +151,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
             labels = torch.where(labels.isnan(), logits.detach(), labels.float())
             total = F.mse_loss(logits, labels, reduction="sum")
         else:
-            training = self.model.training  # class weights and label smoothing apply in training alone
-            total = F.cross_entropy(
-                logits,
-                labels,
-                self.class_weights if training else None,
-                reduction="sum",
-                ignore_index=_IGNORED,
-                label_smoothing=self.args.label_smoothing_factor if training else 0.0,
-            )
+            weights = self.class_weights if self.model.training else None
+            total = F.cross_entropy(logits, labels, weights, reduction="sum", ignore_index=_IGNORED)
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -239,12 +231,11 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         """Overridden because the Trainer takes no sampler, and its own order depends on the number of processes."""
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.arguments.length_bucketing:
             lengths = self.train_dataset["length"][:]
-            self.train_sampler = LengthBucketSampler(lengths, effective_batch_size(self.args), seed)
+            self.train_sampler = LengthBucketSampler(lengths, effective_batch_size(self.args), self.args.seed)
         else:
-            self.train_sampler = SeededRandomSampler(len(self.train_dataset), seed)
+            self.train_sampler = SeededRandomSampler(len(self.train_dataset), self.args.seed)
         return self.train_sampler
 
     # ---- the loop -----------------------------------------------------------------------------------------------

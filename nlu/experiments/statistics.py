@@ -135,8 +135,8 @@ def _tell_apart(frame: pd.DataFrame) -> None:
     twice = frame[frame.duplicated(["label", "task", "seed"])]
     if len(twice):
         message = (
-            "{label} on {task} with seed {seed} is there twice: delete a line (runs that differ only in data_seed or "
-            "holdout_seed need different seeds too)"
+            "{label} on {task} with seed {seed} is there twice: delete a line (runs that differ only in holdout_seed "
+            "need different seeds too)"
         )
         raise UsageError(message.format_map(twice.iloc[0]))
 

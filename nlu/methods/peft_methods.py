@@ -7,12 +7,13 @@ other methods. AdaLoRA, the only one of peft's methods that acts inside the trai
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nlu.arguments import Flag, json_object
+from nlu.arguments import Flag
 from nlu.errors import UsageError, reason
 from nlu.methods.low_rank import LORA_MODULE, adapted_modules
 from nlu.methods.method import AppliedMethod, Method, head_modules, train_only
@@ -36,7 +37,7 @@ def read_peft_config(text: str) -> dict[str, Any]:
     Raises:
         ValueError, TypeError: if the text is no JSON object. OSError: if the file cannot be read.
     """
-    return json_object(text if text.startswith("{") else Path(text).read_text(encoding="utf-8"))
+    return dict(json.loads(text if text.startswith("{") else Path(text).read_text(encoding="utf-8")))
 
 
 def _checked(text: str) -> str:

@@ -76,14 +76,12 @@ def test_parse_arguments_maps_published_flags_to_a_method(flags, method, allocat
 
 def test_an_argument_file_comes_first_and_flags_override_it(tmp_path):
     values = {"model_name_or_path": "m", "task_name": "cola", "do_train": True, "root_output_dir": "out",
-              "method": "adalora", "lora_r": 6, "learning_rate": 1e-3, "cls_dropout": None,
-              "lr_scheduler_kwargs": {"num_cycles": 2}}  # fmt: skip
+              "method": "adalora", "lora_r": 6, "learning_rate": 1e-3, "cls_dropout": None}  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(values))  # JSON is YAML too
     parsed = parse(f"{path} --lora_r 5")
     assert parsed.lora_r == 5 and parsed.method == "adalora"
     assert parsed.learning_rate == 1e-3 and parsed.do_train
-    assert parsed.lr_scheduler_kwargs == {"num_cycles": 2}
     assert parsed.target_rank == 2  # by default half the rank
     assert parse(f"{path} --method lora2").method == "lora2"
 
@@ -157,9 +155,9 @@ def test_training_flags_have_the_trainers_defaults():
 def test_trainer_arguments_has_every_value_of_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as `accelerate launch` may set it
     text = (
-        f"{BASE} --root_output_dir {tmp_path} --eval_strategy steps --max_steps 7 --warmup_ratio 0.1 --adam_beta2 0.9"
+        f"{BASE} --root_output_dir {tmp_path} --eval_strategy steps --max_steps 7 --warmup_ratio 0.1 --adam_epsilon 0.1"
     )
-    arguments = parse(f"{text} --lr_scheduler_kwargs '{{}}' --data_seed 3 --bf16 --use_cpu")
+    arguments = parse(f"{text} --bf16 --use_cpu")
     training = trainer_arguments(arguments, "matthews_correlation")
     for name in {flag.name for flag in TRAINING_FLAGS} & vars(training).keys() - {"bf16", "report_to"}:
         assert getattr(training, name) == getattr(arguments, name), name

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -59,22 +60,15 @@ def test_record_has_the_machine_that_took_the_last_step(finished):
     assert record.fields["machine"] == before["machine"]
 
 
-def test_class_weights_and_label_smoothing_affect_the_training_loss_only(own_flags):
-    own_flags += ["--on_error", "skip", "--class_weights", "balanced", "--label_smoothing_factor", "0.2"]
+def test_class_weights_affect_the_training_loss_only(own_flags):
+    own_flags += ["--on_error", "skip", "--class_weights", "balanced"]
     trainer, facts = build_trainer(arguments := parse_arguments(own_flags), load_data(arguments))
-    trainer.args.label_smoothing_factor = 0.0
     counts = torch.bincount(torch.tensor(trainer.train_dataset["labels"][:]), minlength=3)
     torch.testing.assert_close(trainer.class_weights, 39 / (3 * counts.float()))
-    mass = (0.8 + 0.2 * trainer.class_weights) / 3  # of three classes that count equally, but for the smoothing
-    assert facts["constant_loss"] == pytest.approx(-(mass * (mass / mass.sum()).log()).sum().item())
+    assert facts["constant_loss"] == pytest.approx(math.log(3))  # three classes that count equally
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, -100])
-    losses = -logits.log_softmax(-1)[:4]
-    own = losses[range(4), labels[:4]]
-    for training, expected in ((True, own * trainer.class_weights[labels[:4]]), (False, own)):
-        trainer.model.train(training)
-        torch.testing.assert_close(trainer.task_loss({"logits": logits}, labels, 4), expected.mean())
-    trainer.class_weights, trainer.args.label_smoothing_factor = None, 0.2
-    for training, expected in ((True, 0.8 * own + 0.2 * losses.mean(-1)), (False, own)):
+    losses = -logits.log_softmax(-1)[range(4), labels[:4]]
+    for training, expected in ((True, losses * trainer.class_weights[labels[:4]]), (False, losses)):
         trainer.model.train(training)
         torch.testing.assert_close(trainer.task_loss({"logits": logits}, labels, 4), expected.mean())
 
@@ -84,14 +78,13 @@ def test_finished_run_is_not_repeated_and_another_run_is_refused(base_flags, tmp
     run, another = tmp_path / "run", [*base_flags, "--lora_dropout", "0.1"]
     run.mkdir()
     (run / "thesis.tex").write_text("mine")
-    wrong_flags = (["--optim", "galore_adamw"], ["--lr_scheduler_type", "warmup_stable_decay"])
-    assert main([*base_flags, *wrong_flags[0]]) == 2  # the run below can still start
+    wrong = ["--optim", "galore_adamw"]
+    assert main([*base_flags, *wrong]) == 2  # the run below can still start
     assert main(base_flags) == 0
     before = (run / "results.json").read_bytes()
     assert main(base_flags) == 0 and "finished" in capsys.readouterr().out
     assert main(another) == 2 and "lora_dropout" in error_line(capsys)
-    for wrong in wrong_flags:
-        assert main([*base_flags, "--overwrite_output_dir", *wrong]) == 2 and wrong[0] in error_line(capsys)
+    assert main([*base_flags, "--overwrite_output_dir", *wrong]) == 2 and "--optim" in error_line(capsys)
     assert (run / "results.json").read_bytes() == before
     assert main([*another, "--overwrite_output_dir"]) == 0
     assert read(base_flags)["arguments"]["lora_dropout"] == 0.1 and (run / "thesis.tex").read_text() == "mine"
