@@ -36,7 +36,7 @@ from nlu.fast import speed_up
 from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS
 from nlu.model import set_precision
-from nlu.runs.log import ProgressLines
+from nlu.runs.console import ProgressLines
 from nlu.runs.machine import processor, versions
 from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer, trainer_arguments

@@ -26,13 +26,13 @@ from nlu.experiments.lines import publish_run
 from nlu.methods.registry import METHODS, apply_without_weights
 from nlu.metrics import class_report, compute_glue_metrics, constant_loss, to_labels
 from nlu.model import limit_length, load_config, load_model, set_precision, without_weights
-from nlu.runs.checkpoints import last_checkpoint
+from nlu.runs.console import log_to, say, say_outcome, say_start
 from nlu.runs.folder import RunFolder
 from nlu.runs.identity import PLACES, changes, content_digests
-from nlu.runs.log import log_to, say
 from nlu.runs.machine import commit_of_code
 from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all, without_accelerate_fsdp
-from nlu.runs.record import RunRecord, say_outcome, say_start
+from nlu.runs.record import RunRecord
+from nlu.runs.resume import last_checkpoint
 from nlu.runs.saved_adapter import save_run_adapter, start_from_adapter
 from nlu.tasks import TASKS, Task
 from nlu.trainer import GlueTrainer, trainer_arguments

@@ -35,9 +35,9 @@ from nlu.errors import RunError, UsageError, reason
 from nlu.methods.method import AppliedMethod, head_parameters
 from nlu.methods.registry import METHODS
 from nlu.metrics import compute_glue_metrics, to_labels
-from nlu.runs.checkpoints import WholeCheckpoints, last_checkpoint
-from nlu.runs.log import ProgressLines
+from nlu.runs.console import ProgressLines
 from nlu.runs.machine import peak_memory_bytes
+from nlu.runs.resume import WholeCheckpoints, last_checkpoint
 from nlu.runs.signals import Interrupted, StopRequest
 from nlu.tasks import Task
 

@@ -15,8 +15,8 @@ from nlu.arguments import Arguments
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import read_json
-from nlu.runs.checkpoints import UNFINISHED
 from nlu.runs.identity import PREDICTING, changes
+from nlu.runs.resume import UNFINISHED
 
 RECORD = "results.json"
 PARTS = ("model", "adapter", "predictions", "log", "rank_pattern.json", RECORD)  # the record is deleted last

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from loralib import lora_layers
 from loralib.files import write_json
-from loralib.injection import module_type
 from nlu.data.batching import effective_batch_size
 from nlu.errors import one_line
 from nlu.json_yaml import finite
-from nlu.methods.registry import METHODS, count_parameters, flag_methods
+from nlu.methods.registry import count_parameters
 from nlu.runs.folder import RECORD
-from nlu.runs.log import say
 from nlu.runs.machine import commit_of_code, machine, now, peak_memory_bytes, versions
 from nlu.runs.processes import is_first
 
@@ -135,45 +131,9 @@ def best_and_last(evaluations: list[dict[str, Any]], metric: str) -> tuple[float
     return best.get(metric), best.get("step"), scored[-1][metric] if scored else None
 
 
-def say_start(record: dict[str, Any], trainer: Any) -> None:
-    """Print what will be trained, with the numbers of parameters."""
-    types = sorted({module_type(name).rpartition("layer.")[2] for name in lora_layers(trainer.model)})
-    adapted = f"; adapted: {', '.join(types)}" if types else ""
-    final = record["final_budget"] or "set by the gates"
-    budget = f", singular values {record['initial_budget']} to {final}" if trainer.low_rank.ranks else ""
-    rate = f"learning rate {trainer.args.learning_rate:g}, " if trainer.args.do_train else ""
-    say(
-        f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "
-        f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{adapted}; "
-        f"{rate}batch {record['effective_batch_size']}, seed {record['seed']}"
-    )
-
-
 def _rate_sum(trainer: Any) -> float | None:
     """Λ, the sum of the learning rates over the steps; None before the first step of this process."""
     steps = trainer.state.global_step
     if not steps or trainer.lr_scheduler is None:
         return None
     return trainer.args.learning_rate * sum(map(trainer.lr_scheduler.lr_lambdas[0], range(steps)))
-
-
-def say_outcome(record: dict[str, Any]) -> None:
-    """Print the scores, the time of a step, the folder, and the commands to use next."""
-    folder = Path(record["arguments"]["root_output_dir"])
-    if record["best"] is not None:
-        say(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
-    for name, scores in record.get("test_scores", {}).items():
-        say(f"{name}: {', '.join(f'{metric} {score:.4f}' for metric, score in scores.items())}")
-    if record["steps"]:
-        live, trained = record["live_adapter_params"], record["adapter_params"]
-        pruned = "" if live == trained else f"; {live:,} of the encoder's trained parameters remain after pruning"
-        say(f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each{pruned}")
-    adapter, base = shlex.quote(str(folder / "adapter")), shlex.quote(record["arguments"]["model_name_or_path"])
-    say(f"folder:  {folder}")
-    if (folder / "predictions").is_dir():
-        say(f"predictions: {folder / 'predictions'}")
-    say(f"predict: python -m nlu.predict --adapter {adapter} --base {base} --input FILE")
-    method = METHODS[record["method"]]
-    if method.rebuild is None:  # a method that adds modules cannot be exported: no other tool loads them
-        form = "peft" if method.name in flag_methods("lora_r") else "merged"
-        say(f"export:  python -m loralib.export {adapter} --to {form} OUT --base {base}")

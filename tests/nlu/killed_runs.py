@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from nlu import fine_tuning, run_glue
-from nlu.runs.checkpoints import last_checkpoint
 from nlu.runs.processes import end_processes, is_first, wait_for_all
+from nlu.runs.resume import last_checkpoint
 from nlu.trainer import effective_batch_size
 
 EVENTS = (

@@ -18,7 +18,7 @@ from nlu.data import splits
 from nlu.experiments.lines import read_lines
 from nlu.run_glue import main
 from nlu.runs import record
-from nlu.runs.checkpoints import last_checkpoint
+from nlu.runs.resume import last_checkpoint
 from nlu.runs.signals import Interrupted, StopRequest
 from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from loralib import export
 from nlu import predict
-from nlu.runs.log import log_to, say
+from nlu.runs.console import log_to, say
 from nlu.runs.record import best_and_last
 from tests.nlu.tiny import write_rows
 
@@ -78,7 +78,7 @@ def test_log_has_the_lines_and_warnings_of_its_block_only(tmp_path, capsys, capl
 def test_line_reaches_the_log_if_nobody_reads_the_console_and_another_programs_rank_is_set(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "8")  # without WORLD_SIZE
     monkeypatch.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError))
-    monkeypatch.setattr("nlu.runs.log.discard_output", discarded := mock.Mock())
+    monkeypatch.setattr("nlu.runs.console.discard_output", discarded := mock.Mock())
     with log_to(tmp_path / "log" / "run.log", "the command"):
         say("a line")
     assert (tmp_path / "log/run.log").read_text().endswith("\na line\n") and discarded.called

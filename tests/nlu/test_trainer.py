@@ -20,7 +20,7 @@ from nlu.data.batching import SeededRandomSampler
 from nlu.data.splits import load_data
 from nlu.fine_tuning import build_trainer
 from nlu.run_glue import main
-from nlu.runs.checkpoints import WholeCheckpoints
+from nlu.runs.resume import WholeCheckpoints
 from nlu.tasks import TASKS
 from nlu.trainer import GlueTrainer, StepClock
 from tests.nlu.tiny import changed, read

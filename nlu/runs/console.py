@@ -1,10 +1,11 @@
-"""Logging of a run: human-readable progress on the console, all metrics in ``log/run.log``."""
+"""What a run prints: human-readable lines on the console. All metrics go into ``log/run.log``."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import shlex
 import time
 import traceback
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from loralib import lora_layers
+from loralib.injection import module_type
 from nlu.errors import discard_output
+from nlu.methods.registry import METHODS, flag_methods
 from nlu.runs.machine import now, peak_memory_bytes
 from nlu.runs.processes import is_first
 
@@ -61,6 +65,20 @@ def log_to(path: Path, command: str) -> Iterator[None]:
         for each, handler in handlers:
             each.removeHandler(handler)
         file.close()
+
+
+def say_start(record: dict[str, Any], trainer: Any) -> None:
+    """Print what will be trained, with the numbers of parameters."""
+    types = sorted({module_type(name).rpartition("layer.")[2] for name in lora_layers(trainer.model)})
+    adapted = f"; adapted: {', '.join(types)}" if types else ""
+    final = record["final_budget"] or "set by the gates"
+    budget = f", singular values {record['initial_budget']} to {final}" if trainer.low_rank.ranks else ""
+    rate = f"learning rate {trainer.args.learning_rate:g}, " if trainer.args.do_train else ""
+    say(
+        f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "
+        f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{adapted}; "
+        f"{rate}batch {record['effective_batch_size']}, seed {record['seed']}"
+    )
 
 
 class ProgressLines(TrainerCallback):
@@ -113,3 +131,25 @@ class ProgressLines(TrainerCallback):
             seconds = (time.monotonic() - self.began) / (done - 1) * left
             parts.append(f"{timedelta(seconds=round(seconds))} left")
         return "  ".join(parts)
+
+
+def say_outcome(record: dict[str, Any]) -> None:
+    """Print the scores, the time of a step, the folder, and the commands to use next."""
+    folder = Path(record["arguments"]["root_output_dir"])
+    if record["best"] is not None:
+        say(f"{record['metric']}: last {record['last']:.4f}, best {record['best']:.4f} at step {record['best_step']}")
+    for name, scores in record.get("test_scores", {}).items():
+        say(f"{name}: {', '.join(f'{metric} {score:.4f}' for metric, score in scores.items())}")
+    if record["steps"]:
+        live, trained = record["live_adapter_params"], record["adapter_params"]
+        pruned = "" if live == trained else f"; {live:,} of the encoder's trained parameters remain after pruning"
+        say(f"{record['steps']} steps, {record['seconds_per_step']:.3f} s each{pruned}")
+    adapter, base = shlex.quote(str(folder / "adapter")), shlex.quote(record["arguments"]["model_name_or_path"])
+    say(f"folder:  {folder}")
+    if (folder / "predictions").is_dir():
+        say(f"predictions: {folder / 'predictions'}")
+    say(f"predict: python -m nlu.predict --adapter {adapter} --base {base} --input FILE")
+    method = METHODS[record["method"]]
+    if method.rebuild is None:  # a method that adds modules cannot be exported: no other tool loads them
+        form = "peft" if method.name in flag_methods("lora_r") else "merged"
+        say(f"export:  python -m loralib.export {adapter} --to {form} OUT --base {base}")

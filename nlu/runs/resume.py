@@ -1,7 +1,7 @@
-"""Writes a run's checkpoints completely or not at all, and restores what a resumed Trainer forgets.
+"""What a run resumes from: whole checkpoints alone, and the progress that the Trainer forgets.
 
-What the files of a checkpoint hold is decided in :mod:`loralib.recipes.trainer_mixin` (``trained.safetensors``,
-``low_rank.pt``) and by the Trainer. Here the losses and the training time are added to ``trainer_state.json``.
+The files of a checkpoint are those of :mod:`loralib.recipes.trainer_mixin` (``trained.safetensors``, ``low_rank.pt``)
+and of the Trainer. Here the losses and the training time are added to ``trainer_state.json``.
 The Trainer writes ``model/checkpoint-STEP`` in ``model/.unfinished/``; it moves to its place when it is complete.
 """
 
