@@ -203,8 +203,6 @@ TRAINING_FLAGS = (
          "(with --save_strategy best every better one)."),
     Flag("logging_strategy", _INTERVALS, "steps", "When to log the loss."),
     Flag("logging_steps", int, 10, "Steps between two log lines.", AT_LEAST_1),
-    Flag("report_to", ("none", "tensorboard", "wandb", "trackio"), "none", "Tracker; its package must be installed."),
-    Flag("run_name", str, None, "The run's name in the tracker."),
     Flag("seed", int, 42, "Seed of all random numbers but those of --holdout_seed.", _SEED),
     Flag("full_determinism", bool, False, "Use deterministic GPU kernels, which are slower."),
     Flag("dataloader_num_workers", int, 0, "Worker processes that prepare batches.", NOT_NEGATIVE),

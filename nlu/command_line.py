@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nlu import METHOD_FOLDER, TASK_FOLDER
+from nlu import METHOD_FOLDER, TASK_FOLDER, trackers
 from nlu.argument_conflicts import check_and_complete
 from nlu.arguments import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS, Arguments
 from nlu.errors import OneLineParser, UsageError
@@ -34,6 +34,7 @@ PARTS = {
     "data": DATA_FLAGS,
     "method": (*CHOICE_FLAGS, *METHOD_FLAGS.values()),
     "training": TRAINING_FLAGS,
+    "tracker": trackers.FLAGS,
 }
 DEFAULTS = {flag.name: flag.default for flags in PARTS.values() for flag in flags}
 

@@ -35,6 +35,7 @@ from nlu.runs.record import RunRecord
 from nlu.runs.resume import last_checkpoint
 from nlu.runs.saved_adapter import save_run_adapter, start_from_adapter
 from nlu.tasks import TASKS, Task
+from nlu.trackers import tracked
 from nlu.trainer import GlueTrainer, trainer_arguments
 
 logger = logging.getLogger("nlu")
@@ -86,11 +87,7 @@ def _run_in(
             Path(arguments.measured_dir).mkdir(parents=True, exist_ok=True)
         folder.clean(new=previous is None)
         held.enter_context(log_to(folder.path / "log" / "run.log", arguments.command))
-        if arguments.report_to == "wandb":
-            import wandb
-
-            if wandb.run is None:  # the next run of this process is not to write into this one's
-                held.push(lambda error, *_: wandb.finish(exit_code=int(error is not None)))
+        held.enter_context(tracked(arguments, trainer, folder.path / "log"))
     wait_for_all()
     for line in description_lines(trainer.task, facts["data"], trainer.processing_class.model_max_length):
         say(line)

@@ -25,7 +25,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )  # fmt: skip
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralib.recipes.trainer_mixin import LowRankTrainerMixin
@@ -128,9 +127,6 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         device = self.args.device
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         self.remove_callback(PrinterCallback)  # the run prints lines of its own
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):
-                callback.logging_dir = str(Path(training.output_dir).parent / "log")
         self.add_callback(self.clock)
 
     # ---- metrics and loss ---------------------------------------------------------------------------------------
