@@ -1,7 +1,7 @@
-"""Predict labels and probabilities for a file of any size, with a trained adapter or a merged checkpoint.
+"""Predict labels and probabilities for a file of any size, with a trained adapter.
 
     python nlu/predict.py --adapter output/cola/adapter --base microsoft/deberta-v3-base --input new.jsonl
-    cat new.tsv | python nlu/predict.py --model merged --text_columns sentence1,sentence2 --input - --input_format tsv
+    cat new.tsv | python nlu/predict.py --adapter RUN --text_columns sentence1,sentence2 --input - --input_format tsv
 
 Rows are written in input order, as {"line": 3, "label": "acceptable", "probabilities": {…}}, or, for a regression task,
 with "score" instead of label and probabilities. "line" is the input line on which the row ends (Parquet: the row, from
@@ -117,10 +117,8 @@ def as_line(record: dict[str, Any], kind: str, first: bool) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = OneLineParser(prog="predict.py", description=__doc__)
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--adapter", help="folder of a trained adapter, or of the run that trained it")
-    model.add_argument("--model", help="folder of a merged checkpoint, or any transformers classifier")
     add = parser.add_argument
+    add("--adapter", required=True, help="folder of a trained adapter, or of the run that trained it")
     add("--base", help="name or folder of the base model (default: the one recorded in the adapter)")
     add("--allow_other_base", action="store_true", help="accept a base whose weights differ from those in training")
     add("--input", required=True, help="a .jsonl, .csv, .tsv or .parquet file, or - for standard input")

@@ -1,4 +1,4 @@
-"""Loads a trained adapter on its base, or a merged checkpoint, as a function from rows of text to probabilities."""
+"""Loads a trained adapter on its base as a function from rows of text to probabilities."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 import loralib
-from loralib.interop.transformers_models import load_base_of, quiet_transformers, revision_of
+from loralib.interop.transformers_models import load_base_of, revision_of
 from nlu.data.file_formats import Row
 from nlu.data.splits import encode
 from nlu.errors import UsageError, reason
@@ -59,68 +59,48 @@ class Predictor:
 
 
 def load_predictor(arguments: argparse.Namespace) -> Predictor:
-    """Load the adapter and its base, or the merged checkpoint, onto the accelerator if there is one.
+    """Load the adapter and its base onto the accelerator if there is one.
 
     Raises:
         UsageError: if the adapter is damaged, its base is missing or does not fit, or the model does not predict one
             class or one number for each row.
     """
-    load = _load_checkpoint if arguments.adapter is None else _load_adapted
+    of_run = os.path.join(arguments.adapter, "adapter")
+    folder = of_run if os.path.isdir(of_run) else arguments.adapter
     try:
-        model, source, revision, card = load(arguments)
+        config = loralib.read_adapter_config(folder)
+        source, card = arguments.base or config.base_model, config.card
+        if source is None:
+            raise UsageError("the adapter does not record its base model: give --base NAME_OR_FOLDER")
+        if not config.architecture.endswith("ForSequenceClassification"):
+            raise UsageError(f"{folder} is an adapter of {config.architecture}, not of a sequence classifier")
+        model = load_base_of(config, source)
+        rebuild(model, card)
+        loralib.load_adapter(model, folder, allow_other_base=arguments.allow_other_base)
+        revision = revision_of(config.base_model, config.base_revision, source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **revision)
     except (UsageError, MemoryError):
         raise
     except Exception as error:  # damaged files raise exceptions of many unrelated types
-        raise UsageError(f"{arguments.adapter or arguments.model}: {reason(error, 400)}") from None
+        raise UsageError(f"{arguments.adapter}: {reason(error, 400)}") from None
     check_tokenizer(tokenizer, source, **revision)
     tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True  # no warning: rows are padded after sorting
     speed_up(model)
     limit_length(tokenizer, arguments.max_seq_length or card.get("max_seq_length") or 512, model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    columns, names = _text_columns(arguments.text_columns, card), _class_names(model.config, source)
+    columns, names = _text_columns(arguments.text_columns, card), _class_names(model.config, folder)
     return Predictor(model.eval().to(device), tokenizer, columns, names)
 
 
-# A model, its source, its revision, and the card or configuration with its task.
-_Loaded = tuple[nn.Module, str, dict[str, str], dict[str, Any]]
-
-
-def _load_adapted(arguments: argparse.Namespace) -> _Loaded:
-    of_run = os.path.join(arguments.adapter, "adapter")
-    folder = of_run if os.path.isdir(of_run) else arguments.adapter
-    config = loralib.read_adapter_config(folder)
-    source = arguments.base or config.base_model
-    if source is None:
-        raise UsageError("the adapter does not record its base model: give --base NAME_OR_FOLDER")
-    if not config.architecture.endswith("ForSequenceClassification"):
-        raise UsageError(f"{folder} is an adapter of {config.architecture}, not of a model for sequence classification")
-    model = load_base_of(config, source)
-    rebuild(model, config.card)
-    loralib.load_adapter(model, folder, allow_other_base=arguments.allow_other_base)
-    return model, source, revision_of(config.base_model, config.base_revision, source), config.card
-
-
-def _load_checkpoint(arguments: argparse.Namespace) -> _Loaded:
-    with quiet_transformers():
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            arguments.model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    if info["missing_keys"]:
-        lacks = min(info["missing_keys"])
-        raise UsageError(f"--model {arguments.model} is not a trained classifier: it lacks {lacks}; give an --adapter")
-    return model, arguments.model, {}, model.config.to_dict()
-
-
-def _class_names(config: Any, source: str) -> list[str] | None:
+def _class_names(config: Any, folder: str) -> list[str] | None:
     """The names of the classes by number; None for a regression of one number."""
     number, problem = config.num_labels, config.problem_type
     names = [str(config.id2label[i]) for i in range(number) if i in config.id2label]
     several = problem == "multi_label_classification" or (problem == "regression" and number > 1)
     if several or (number > 1 and len({*names}) < number):
         raise UsageError(
-            f"{source} must predict one number or one class for each row: id2label in its config.json must hold "
-            f"{number} different names, numbered from 0"
+            f"{folder} must predict one number or one class for each row: its id2label must hold {number} different "
+            "names, numbered from 0"
         )
     return None if number == 1 else names
 

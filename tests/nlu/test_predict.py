@@ -1,4 +1,4 @@
-"""Predictions from an adapter and a merged checkpoint: correct, in order, streamed, and strict about bad rows."""
+"""Predictions from an adapter: correct, in order, streamed, and strict about bad rows."""
 
 import csv
 import datetime
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
 from loralib.interop.export import export_merged
@@ -25,7 +25,7 @@ from tests.nlu.tiny import changed, make_rows, read, write_rows
 ROWS = [{name: row[name] for name in ("a", "b")} for row in make_rows(("a", "b"), True, 40, 0)]
 
 
-def save(encoder, folder, labels: int):
+def save(encoder, folder, labels: int, **configured):
     """The folder of an adapter of random values that takes at most 12 tokens, and its model."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=labels)
@@ -35,7 +35,7 @@ def save(encoder, folder, labels: int):
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter.data)
     if labels == 2:
-        model.config.id2label = {0: "low", 1: "high"}
+        model.config.update({"id2label": {0: "low", 1: "high"}} | configured)
     card = {"task": "custom", "text_fields": ["a", "b"], "max_seq_length": 12}
     return loralib.save_adapter(model, folder, card=card), model.eval()
 
@@ -77,10 +77,10 @@ def test_scores_are_those_of_each_row_alone(encoder, scorer, input_files, tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
 
 
-def test_a_merged_checkpoint_predicts_the_same_from_a_pipe(encoder, scorer, input_files, tmp_path, monkeypatch, capsys):
-    export_merged(scorer[0], tmp_path / "merged", str(encoder))
+def test_rows_from_a_pipe_get_the_same_scores(encoder, scorer, input_files, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO((input_files / "rows.jsonl").read_bytes())))
-    assert main(["--model", str(tmp_path / "merged"), "--input", "-", "--output_format", "csv"]) == 0
+    adapter = ["--adapter", str(scorer[0]), "--base", str(encoder)]
+    assert main([*adapter, "--input", "-", "--output_format", "csv"]) == 0
     table = list(csv.reader(io.StringIO(capsys.readouterr().out)))
     assert table[0] == ["line", "score"] and [int(line) for line, _ in table[1:]] == list(range(1, 41))
     assert [float(score) for _, score in table[1:]] == pytest.approx(scorer[1], abs=2e-5)
@@ -163,23 +163,17 @@ def test_text_columns_of_another_number_than_in_training_are_refused(asked, trai
 
 
 @pytest.mark.parametrize("change", [
-    {"problem_type": "multi_label_classification", "num_labels": 2}, {"id2label": {0: "same", 1: "same"}},
+    {"problem_type": "multi_label_classification"}, {"id2label": {0: "same", 1: "same"}},
 ])  # fmt: skip
-def test_checkpoint_without_one_answer_per_row_is_refused(encoder, tmp_path, input_files, change, capsys):
-    folder = shutil.copytree(encoder, tmp_path / "m")
-    config = AutoConfig.from_pretrained(folder, **change)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    assert main(["--model", str(folder), "--input", str(input_files / "rows.csv"), "--text_columns", "a"]) == 2
+def test_adapter_without_one_answer_per_row_is_refused(encoder, tmp_path, input_files, change, capsys):
+    folder, _ = save(encoder, tmp_path / "a", 2, **change)
+    assert main(["--adapter", str(folder), "--base", str(encoder), "--input", str(input_files / "rows.csv")]) == 2
     assert "must predict one number or one class for each row" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "case, says",
-    [
-        ("changed base", "weights are not those"), ("headless model", "is not a trained classifier"),
-        ("no tokenizer", "has no tokenizer"),
-    ],
-)  # fmt: skip
+    "case, says", [("changed base", "weights are not those"), ("no tokenizer", "has no tokenizer")]
+)
 def test_another_model_than_the_trained_one_is_refused(encoder, scorer, input_files, tmp_path, capsys, case, says):
     base = shutil.copytree(encoder, tmp_path / "base")
     if case == "changed base":
@@ -189,10 +183,9 @@ def test_another_model_than_the_trained_one_is_refused(encoder, scorer, input_fi
     if case == "no tokenizer":  # transformers would make one of special tokens alone
         for path in [path for name in ("tokenizer*", "vocab*", "special*") for path in base.glob(name)]:
             path.unlink()
-    model = ["--model", str(base)] if case == "headless model" else ["--adapter", str(scorer[0])]
-    model += ["--base", str(base)] if case != "headless model" else []
     capsys.readouterr()
-    assert main([*model, "--input", str(input_files / "rows.csv"), "--text_columns", "a,b"]) == 2
+    adapter = ["--adapter", str(scorer[0]), "--base", str(base)]
+    assert main([*adapter, "--input", str(input_files / "rows.csv")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and says in error and error.count("\n") == 1
 
