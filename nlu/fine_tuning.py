@@ -20,7 +20,8 @@ from nlu.arguments import Arguments
 from nlu.command_line import fit_schedule
 from nlu.data.batching import planned_steps
 from nlu.data.prediction_files import draw_confusion, write_predictions
-from nlu.data.splits import Data, description_lines, reorder_labels, tokenize
+from nlu.data.splits import Data, reorder_labels
+from nlu.data.tokens import description_lines, tokenize
 from nlu.errors import UsageError, reason
 from nlu.experiments.lines import publish_run
 from nlu.methods.registry import METHODS, apply_without_weights

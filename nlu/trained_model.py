@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 import loralib
 from loralib.interop.transformers_models import load_base_of, revision_of
 from nlu.data.file_formats import Row
-from nlu.data.splits import encode
+from nlu.data.tokens import encode
 from nlu.errors import UsageError, reason
 from nlu.fast import speed_up
 from nlu.methods.registry import rebuild

@@ -16,7 +16,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from loralib.adapter_folder import has_tokenizer
 from nlu import fine_tuning
 from nlu.arguments import Arguments
-from nlu.data.splits import tokenize
+from nlu.data.tokens import tokenize
 from nlu.errors import UsageError
 from nlu.methods import low_rank
 from nlu.run_glue import main

@@ -9,7 +9,8 @@ from transformers import BertTokenizerFast
 
 from nlu.command_line import parse_arguments
 from nlu.data.prediction_files import write_predictions
-from nlu.data.splits import Data, description_lines, load_data, reorder_labels, tokenize
+from nlu.data.splits import Data, load_data, reorder_labels
+from nlu.data.tokens import description_lines, tokenize
 from nlu.errors import UsageError
 from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS
