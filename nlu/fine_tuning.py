@@ -20,7 +20,7 @@ from nlu.arguments import Arguments
 from nlu.command_line import fit_schedule
 from nlu.data.batching import planned_steps
 from nlu.data.prediction_files import draw_confusion, write_predictions
-from nlu.data.splits import Data, reorder_labels
+from nlu.data.splits import Data
 from nlu.data.tokens import description_lines, tokenize
 from nlu.errors import UsageError, reason
 from nlu.experiments.lines import publish_run
@@ -113,19 +113,18 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
     """
     total_steps = planned_steps(arguments, len(data.rows.get("train", ())))
     arguments = fit_schedule(arguments, total_steps)
-    training = trainer_arguments(arguments, data.task.metric)
-    config, tokenizer, unfit = load_config(arguments, data.task)
+    task, training = data.task, trainer_arguments(arguments, data.task.metric)
+    config, tokenizer, head = load_config(arguments, task)
     blank = without_weights(arguments, config)
     limit_length(tokenizer, arguments.max_seq_length, blank)
     apply_without_weights(blank, arguments, total_steps)
-    task = data.task if data.task.is_regression else reorder_labels(data.task, list(config.id2label.values()))
-    splits, counts = tokenize(task, data, tokenizer)
+    splits, counts = tokenize(data, tokenizer)
     labels = np.array(splits["train"]["labels"][:]) if "train" in splits else None
     weights = class_weights(arguments, task, labels)
 
     set_seed(training.seed)
     with without_accelerate_fsdp() as sharded:
-        model = load_model(arguments, config, unfit)
+        model = load_model(arguments, config, head)
         applied = METHODS[arguments.method].apply(model, arguments, total_steps)
         warm_start = start_from_adapter(model, arguments) if arguments.lora_path else None
         set_precision(arguments, applied.model)

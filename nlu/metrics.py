@@ -33,11 +33,11 @@ def _function(name: str, task: Task) -> Callable:
         return partial(_correlation, pearsonr if name == "pearson" else spearmanr)
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    # Macro-F1 is the mean over the classes that are present or predicted.
+    # Macro-F1 is the mean over the classes that are present or predicted; F1 is that of the second class.
     macro_f1 = partial(f1_score, average="macro", zero_division=0)
     return {
         "accuracy": accuracy_score,
-        "f1": partial(macro_f1, labels=[task.positive]),
+        "f1": partial(macro_f1, labels=[1]),
         "macro_f1": macro_f1,
         "matthews_correlation": matthews_corrcoef,
     }[name]

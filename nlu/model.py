@@ -1,11 +1,11 @@
-"""From a checkpoint to a model with the task's head: configuration, order of the labels, weights, precision."""
+"""From a checkpoint to a model with the task's head: configuration, weights, order of the classes, precision."""
 
 from __future__ import annotations
 
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,30 +32,37 @@ _DROPOUTS = (
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions", "positions_embed")  # names of tables of positions
 
 
-def choose_head(saved: Any, task: Task) -> tuple[tuple[str, ...] | None, str | None]:
-    """Decide from a checkpoint's configuration whether its head fits the task.
+class Head(NamedTuple):
+    """What a checkpoint's head is for the task: the row of each of the task's classes in its output layer, None if they
+    are in order; and what it was trained for instead, None if it fits."""
 
-    Returns:
-        The task's labels in the head's order, None for regression; and what the head was trained for instead, None if
-        it fits. A wrong number of labels may be noticed only when the weights are loaded.
+    rows: list[int] | None = None
+    unfit: str | None = None
+
+
+def head_for(task: Task, saved: Any) -> Head:
+    """Compare a checkpoint's configuration with the task.
+
+    A wrong number of labels may be noticed only when the weights are loaded.
     """
-    names = [str(saved.id2label[number]) for number in sorted(saved.id2label)]
+    names = [str(saved.id2label[number]).lower() for number in sorted(saved.id2label)]
     problem = getattr(saved, "problem_type", None)
     if task.labels is None:
-        return None, "labels that do not exclude each other" if problem == "multi_label_classification" else None
+        several = problem == "multi_label_classification"
+        return Head(unfit="labels that do not exclude each other" if several else None)
     if problem == "regression":
-        return tuple(task.labels), "a regression output"
-    words = {label.lower(): label for label in task.labels}
-    if sorted(name.lower() for name in names) == sorted(words):
-        return tuple(words[name.lower()] for name in names), None
-    return tuple(task.labels), None if all(map(_NO_NAME.fullmatch, names)) else f"the labels {', '.join(names)}"
+        return Head(unfit="a regression output")
+    words = [label.lower() for label in task.labels]
+    if sorted(names) == sorted(words):
+        return Head(rows=None if names == words else [names.index(word) for word in words])
+    return Head(unfit=None if all(map(_NO_NAME.fullmatch, names)) else f"the labels {', '.join(names)}")
 
 
-def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]:
-    """The model's configuration, its tokenizer, and what its head was trained for, if that does not fit the task.
+def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, Head]:
+    """The model's configuration with the task's labels, its tokenizer, and what its head is for the task.
 
-    The configuration has the task's labels, in the head's order, and as `_commit_hash` the commit of a model on the hub
-    (None for a folder), from which :func:`load_model` then loads the weights.
+    The configuration has as `_commit_hash` the commit of a model on the hub (None for a folder), from which
+    :func:`load_model` then loads the weights.
 
     Raises:
         UsageError: if the model does not exist or cannot be read.
@@ -72,13 +79,13 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]
         raise _unreadable(arguments, error) from None
     config._commit_hash = commit
     check_tokenizer(tokenizer, name, "--model_name_or_path ", **source)
-    labels, unfit = choose_head(config, task)
+    head = head_for(task, config)
     config.problem_type = "regression" if task.is_regression else None
-    if labels is None:
+    if task.labels is None:
         config.num_labels = 1
     else:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: number for number, name in enumerate(labels)}
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {name: number for number, name in enumerate(task.labels)}
     config.return_dict = True
     if arguments.cls_dropout is not None:
         known = [dropout for dropout in _DROPOUTS if hasattr(config, dropout)]
@@ -88,7 +95,7 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, str | None]
             raise UsageError(f"--cls_dropout: {config.model_type} has no dropout of its own in the head; leave it out")
         for dropout in known:
             setattr(config, dropout, arguments.cls_dropout)
-    return config, tokenizer, unfit
+    return config, tokenizer, head
 
 
 def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
@@ -139,11 +146,11 @@ def without_weights(arguments: Arguments, config: Any) -> nn.Module:
         raise _unreadable(arguments, error) from None
 
 
-def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Module:
-    """Load the classifier in float32, with a new output layer if the checkpoint's does not fit the task.
+def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
+    """Load the classifier in float32, with its output layer's rows in the task's order, or a new one if it is unfit.
 
     Args:
-        config, unfit: from :func:`load_config`.
+        config, head: from :func:`load_config`.
 
     Raises:
         UsageError: if encoder weights are missing, shapes outside the output layer differ, or a new head is untrained.
@@ -169,12 +176,16 @@ def load_model(arguments: Arguments, config: Any, unfit: str | None) -> nn.Modul
             f"--model_name_or_path {name}: {wrong[0]} has the shape {saved} in the checkpoint, and its config.json "
             f"asks for {needed}"
         )
-    unfit = unfit or ("another number of labels" if mismatched else None)
+    unfit = head.unfit or ("another number of labels" if mismatched else None)
     if unfit is not None and not set(output) <= missing:
         with torch.no_grad():
             for parameter in (p for key, p in output.items() if key not in mismatched):  # those are new already
                 parameter.normal_(std=getattr(config, "initializer_range", 0.02) if parameter.dim() > 1 else 0.0)
         logger.warning("a new output layer is made, because the checkpoint's has %s", unfit)
+    elif head.rows is not None:
+        with torch.no_grad():
+            for parameter in output.values():
+                parameter.copy_(parameter[head.rows])
     if (missing or unfit is not None) and not arguments.do_train:
         raise UsageError(
             f"--model_name_or_path {name} has no trained head for the task, and nothing trains it first: give "

@@ -39,7 +39,6 @@ class Task:
         short_rows_skipped: whether to skip the release's rows with missing fields, which the hub's copy lacks.
         submission_files: the GLUE server's file name for each of `test_splits`, with the number of rows it wants.
         server_numbers: whether the GLUE server wants the hub's class numbers instead of the words.
-        positive: the number of the class whose F1 is reported; GLUE's second class.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Task:
     short_rows_skipped: bool = False
     submission_files: tuple[tuple[str, int], ...] = ()
     server_numbers: bool = False
-    positive: int = 1
 
     @property
     def metric(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from loralib.files import write_text
-from nlu.tasks import TASKS, Task
+from nlu.tasks import Task
 
 
 def write_predictions(
@@ -46,8 +46,7 @@ def write_predictions(
 def _word(task: Task, value: float) -> str:
     if task.is_regression:
         return f"{value:.7g}"
-    word = task.labels[int(value)]
-    return str(TASKS[task.name].labels.index(word)) if task.server_numbers else word
+    return str(int(value)) if task.server_numbers else task.labels[int(value)]
 
 
 def draw_confusion(report: dict[str, Any], path: Path) -> None:

@@ -70,14 +70,6 @@ def load_data(arguments: Any) -> Data:
     return Data(task, rows, skipped)
 
 
-def reorder_labels(task: Task, order: Sequence[str]) -> Task:
-    """The task with its classes numbered in another order, such as the one a checkpoint was trained with.
-
-    The rows are not changed here: :func:`~nlu.data.tokens.tokenize` renumbers their labels.
-    """
-    return replace(task, labels=tuple(order), positive=order.index(task.labels[task.positive]))
-
-
 def _load_glue(task: Task, splits: Sequence[str], arguments: Any) -> Rows:
     folder, cache = arguments.glue_dir, arguments.cache_dir
     return {split: _dataset(task, load_split(task, split, folder, cache)) for split in splits}

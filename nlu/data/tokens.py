@@ -16,20 +16,18 @@ if TYPE_CHECKING:  # predict.py needs neither
     from nlu.data.splits import Data
 
 
-def tokenize(task: Task, data: Data, tokenizer: Any) -> tuple[dict[str, Dataset], dict[str, dict[str, Any]]]:
+def tokenize(data: Data, tokenizer: Any) -> tuple[dict[str, Dataset], dict[str, dict[str, Any]]]:
     """Turn texts into token ids, cut to the tokenizer's `model_max_length`.
 
     Training rows keep their order. Validation and test rows are sorted by length, short ones first, which saves
     padding.
 
-    Args:
-        task: that of the data, or with its classes in another order.
-
     Returns:
-        The rows of each split, with the tokenizer's output (input_ids, attention_mask, …), `labels` (in the numbering
-        of the task's classes; absent if a test set hides labels), `idx`, and `length`, the number of tokens; and, for
-        the record, counts of each split: all rows, rows left out, cut, without a label, and of each class.
+        The rows of each split, with the tokenizer's output (input_ids, attention_mask, …), `labels` (absent if a test
+        set hides labels), `idx`, and `length`, the number of tokens; and, for the record, counts of each split: all
+        rows, rows left out, cut, without a label, and of each class.
     """
+    task = data.task
     tokens: dict[str, Dataset] = {}
     counts: dict[str, dict[str, Any]] = {}
 
@@ -44,12 +42,9 @@ def tokenize(task: Task, data: Data, tokenizer: Any) -> tuple[dict[str, Dataset]
         hidden = np.isnan(labels) | ((not task.is_regression or task.value_range is not None) & (labels < 0))
         counts[split] = {"rows": len(dataset), "skipped": data.skipped.get(split, 0), "cut": 0}
         counts[split]["hidden"] = int(hidden.sum())
-        if not task.is_regression:
-            names = dataset.features["label"].names
-            if not hidden.all():
-                of_each = np.bincount(labels[~hidden], minlength=len(names)).tolist()
-                counts[split]["classes"] = dict(zip(names, of_each, strict=True))
-            labels = np.array([task.labels.index(name) for name in names])[labels]
+        if task.labels and not hidden.all():
+            of_each = np.bincount(labels[~hidden], minlength=task.num_labels).tolist()
+            counts[split]["classes"] = dict(zip(task.labels, of_each, strict=True))
         encoded = dataset.map(
             encode_rows,
             fn_kwargs={"split": split},

@@ -1,4 +1,4 @@
-"""The rows that a run uses, and their tokens: held-out rows, limits, class order, token ids, truncation counts."""
+"""The rows that a run uses, and their tokens: held-out rows, limits, token ids, truncation counts."""
 
 import math
 
@@ -8,11 +8,9 @@ import pytest
 from transformers import BertTokenizerFast
 
 from nlu.command_line import parse_arguments
-from nlu.data.prediction_files import write_predictions
-from nlu.data.splits import Data, load_data, reorder_labels
+from nlu.data.splits import Data, load_data
 from nlu.data.tokens import description_lines, tokenize
 from nlu.errors import UsageError
-from nlu.metrics import compute_glue_metrics
 from nlu.tasks import TASKS
 from tests.nlu.tiny import write_rows
 
@@ -71,33 +69,6 @@ def test_mnlis_mismatched_set_is_scored_only_if_it_is_complete(tiny_glue, monkey
     assert set(load(**given, max_eval_samples=7).rows) == {"train", "validation_matched"}
 
 
-# ---- the order of the classes ----------------------------------------------------------------------------------------
-
-
-def test_tokens_and_submissions_keep_their_classes_in_another_label_order(tiny_glue, tmp_path):
-    task, order = TASKS["mnli"], ("neutral", "contradiction", "entailment")  # its inverse is another order
-    data = load(["train"], task_name="mnli", glue_dir=str(tiny_glue))
-    reordered = reorder_labels(task, order)
-    labels = tokenize(reordered, data, make_tokenizer())[0]["train"]["labels"]
-    assert [order[label] for label in labels] == [task.labels[label] for label in data.rows["train"]["label"]]
-    path = write_predictions(reordered, "test_matched", range(3), [order.index(w) for w in task.labels], tmp_path)
-    assert [line.split("\t")[1] for line in path.read_text().splitlines()[1:]] == list(task.labels)
-
-
-@pytest.mark.parametrize("name", ["mrpc", "cola"])
-def test_scores_and_submissions_do_not_depend_on_the_label_order(tmp_path, name):
-    task = TASKS[name]
-    reordered = reorder_labels(task, task.labels[::-1])
-    predictions, references = np.random.default_rng(0).integers(0, 2, (2, 60))
-    swapped = compute_glue_metrics(reordered, 1 - predictions, 1 - references)
-    assert swapped == pytest.approx(compute_glue_metrics(task, predictions, references))
-    paths = [
-        write_predictions(t, "test", range(60), p, tmp_path / str(i))
-        for i, (t, p) in enumerate([(task, predictions), (reordered, 1 - predictions)])
-    ]
-    assert paths[0].read_text() == paths[1].read_text()
-
-
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 WORDS = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "a": 4, "b": 5, "c": 6}
@@ -113,7 +84,7 @@ def tokens_of(task, texts, labels, split="train", **options):
     kind = datasets.Value("float32") if task.is_regression else datasets.ClassLabel(names=list(task.labels))
     rows = datasets.Dataset.from_dict({**columns, "label": labels, "idx": list(range(len(texts)))})
     data = Data(task, {split: rows.cast_column("label", kind)}, {})
-    tokens, counts = tokenize(task, data, make_tokenizer(**options))
+    tokens, counts = tokenize(data, make_tokenizer(**options))
     return tokens[split], counts[split]["cut"]
 
 
@@ -144,7 +115,7 @@ def test_hidden_labels_are_left_out_and_known_ones_are_kept(task, labels, there)
 
 def test_training_rows_keep_their_order_and_others_are_sorted_by_length(tiny_glue):
     data = load(task_name="cola", glue_dir=str(tiny_glue))
-    rows, (tokens, _) = data.rows, tokenize(TASKS["cola"], data, make_tokenizer())
+    rows, (tokens, _) = data.rows, tokenize(data, make_tokenizer())
     assert tokens["train"]["idx"][:] == rows["train"]["idx"][:] and tokens["train"].cache_files == []
     order = list(zip(tokens["validation"]["length"], tokens["validation"]["idx"], strict=True))
     assert order == sorted(order)  # rows of equal length keep their order
@@ -159,7 +130,7 @@ def test_description_has_class_counts_and_truncated_rows(tmp_path):
     lines = [{"text": "a b c", "label": ["Lob", "Kritik"][i % 2]} for i in range(20)]
     write_rows(tmp_path / "all.csv", [*lines, {"text": "a", "label": "lob"}])
     data = load(["train"], train_file=tmp_path / "all.csv")
-    _, found = tokenize(data.task, data, make_tokenizer(model_max_length=4))
+    _, found = tokenize(data, make_tokenizer(model_max_length=4))
     classes = {"Kritik": 10, "Lob": 10, "lob": 1}
     assert found == {"train": {"rows": 21, "skipped": 0, "cut": 20, "hidden": 0, "classes": classes}}
     assert description_lines(data.task, found, 4) == [
@@ -172,6 +143,6 @@ def test_description_says_that_a_test_set_with_some_hidden_labels_is_not_scored(
     for name, labels in (("train", train), ("test", (train[0], "", ""))):
         write_rows(tmp_path / f"{name}.csv", [{"text": "a", "label": label} for label in labels])
     data = load(["train", "predict"], train_file=tmp_path / "train.csv", test_file=tmp_path / "test.csv")
-    tokens, counts = tokenize(data.task, data, make_tokenizer())
+    tokens, counts = tokenize(data, make_tokenizer())
     assert "labels" not in tokens["test"].column_names
     assert description_lines(data.task, counts, 32)[1].endswith(", not scored: 2 have no label")
