@@ -54,12 +54,6 @@ class AppliedMethod:
         }
         return {name: number for name, number in numbers.items() if number is not None}
 
-    def pruned_params(self) -> int:
-        """The number of adapter parameters that no live singular value uses. The saved adapter leaves them out (that of
-        peft's AdaLoRA does not)."""
-        ranks = self.low_rank.ranks
-        return 0 if ranks is None else ranks.pruned_parameters()
-
 
 @dataclass(frozen=True)
 class Method:

@@ -85,10 +85,11 @@ class RunRecord(TrainerCallback):
 
     def progress(self) -> dict[str, Any]:
         """The fields that change during training."""
-        applied, steps, seconds = self.trainer.applied, self.trainer.state.global_step, self.trainer.clock.seconds
-        pattern = applied.low_rank.ranks.pattern if applied.low_rank.ranks else None
+        steps, seconds, ranks = self.trainer.state.global_step, self.trainer.clock.seconds, self.trainer.low_rank.ranks
+        pattern = ranks.pattern if ranks else None
         return {
-            "live_adapter_params": self.fields["adapter_params"] - applied.pruned_params(),
+            # Without those that no live singular value uses. The saved adapter has them only for peft's AdaLoRA.
+            "live_adapter_params": self.fields["adapter_params"] - (ranks.pruned_parameters() if ranks else 0),
             "live_budget": pattern and sum(map(sum, pattern.values())),
             "module_ranks": pattern and {name: sum(flags) for name, flags in pattern.items()},
             "steps": steps,

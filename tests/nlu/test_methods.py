@@ -209,7 +209,7 @@ def test_live_parameters_are_those_that_compact_keeps(method, shared):
     every = count_parameters(applied.model)["adapter_params"]
     for number, layer in enumerate(loralib.lora_layers(applied.model).values()):
         layer.lora_E.data = (torch.arange(8) < number % 9).float()
-    live = every - applied.pruned_params()
+    live = every - applied.low_rank.ranks.pruned_parameters()
     loralib.compact(applied.model)
     assert count_parameters(applied.model)["adapter_params"] == live < every
 
@@ -293,7 +293,7 @@ def test_pruned_parameters_of_pefts_adalora_are_the_rows_and_columns_of_its_zero
             layer.lora_E["default"][:3] = 0
             layer.lora_E["default"][3:] = 1
     sides = [layer.in_features + layer.out_features for layer in applied.low_rank.layers.values()]
-    assert len(sides) == 12 and applied.pruned_params() == sum(3 * (1 + side) for side in sides)
+    assert len(sides) == 12 and applied.low_rank.ranks.pruned_parameters() == sum(3 * (1 + side) for side in sides)
     ranks = applied.low_rank.ranks
     assert set(map(tuple, ranks.pattern.values())) == {(False,) * 3 + (True,) * (ranks.initial // 12 - 3)}
     assert (ranks.live, ranks.budget) == (ranks.initial - 36, ranks.initial) and 0 < ranks.target < ranks.initial
