@@ -1,5 +1,6 @@
 """The command line: the published flags, precedence, ranges, the batch and the schedule."""
 
+import inspect
 import json
 import shlex
 from dataclasses import fields
@@ -7,10 +8,12 @@ from dataclasses import fields
 import pytest
 from transformers import TrainingArguments
 
+import loralib
 from nlu import fine_tuning, run_glue
 from nlu.arguments import TRAINING_FLAGS
 from nlu.command_line import fit_schedule, parse_arguments
 from nlu.errors import UsageError
+from nlu.methods.low_rank import PRUNING_FLAGS
 from nlu.trainer import trainer_arguments
 from tests.nlu.tiny import make_encoder, make_rows, write_rows
 
@@ -150,6 +153,12 @@ def test_training_flags_have_the_trainers_defaults():
     different = {name for name, default in ours.items() if (default or None) != (theirs[name] or None)}
     chosen_here = {"learning_rate", "logging_steps", "per_device_eval_batch_size", "save_total_limit"}
     assert different == chosen_here
+
+
+def test_pruning_flags_have_the_librarys_defaults():
+    theirs = inspect.signature(loralib.RankAllocator).parameters
+    ours = {flag.name: flag.default for flag in PRUNING_FLAGS if flag.name != "target_rank"}  # half of lora_r
+    assert ours == {name: theirs[name].default for name in ours}
 
 
 def test_trainer_arguments_has_every_value_of_the_command(tmp_path, monkeypatch):
