@@ -4,6 +4,7 @@ the dropout masks, and in rows that hold nothing but padding.
 The first lines of each file say what it gains.
 """
 
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -12,10 +13,16 @@ from torch import nn
 
 from nlu.errors import UsageError
 from nlu.fast.cpu_attention import enable_cpu_attention
-from nlu.fast.deberta_attention import enable_deberta_attention
 from nlu.fast.dropout import enable_fast_dropout
 from nlu.fast.first_token import enable_first_token
 from nlu.fast.process import keep_freed_memory, keep_kernels
+
+
+def _enable_deberta_attention(model: nn.Module) -> None:
+    if "transformers.models.deberta_v2.modeling_deberta_v2" in sys.modules:  # slow to import for others
+        from nlu.fast.deberta_attention import enable_deberta_attention
+
+        enable_deberta_attention(model)
 
 
 class Technique(NamedTuple):
@@ -30,7 +37,7 @@ TECHNIQUES = {
     "kernels": Technique(lambda _: keep_kernels(), True),
     "dropout": Technique(enable_fast_dropout, True),
     "cpu_attention": Technique(enable_cpu_attention, True),
-    "deberta_attention": Technique(enable_deberta_attention, False),
+    "deberta_attention": Technique(_enable_deberta_attention, False),
     "first_token": Technique(enable_first_token, False),
 }
 ATTENTION = ("cpu_attention", "deberta_attention", "first_token")  # what --no_fast_attention switches off

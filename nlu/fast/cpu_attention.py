@@ -5,7 +5,7 @@ supports other attention functions (not MPNet, T5 and BART).
 
 `scaled_dot_product_attention` has no fast CPU kernel for training: with dropout it works in float32, draws the mask one
 number at a time and multiplies strided heads; without dropout its bfloat16 kernel is slower still. Here the function of
-`nlu.fast.deberta_attention`, without positions, does the same sum in contiguous batched products with the mask of
+`nlu.fast.attention`, without positions, does the same sum in contiguous batched products with the mask of
 `nlu.fast.dropout`. The function is registered under a name of its own, as transformers' documentation of
 `AttentionInterface` describes; whatever it does not cover goes to transformers' own `sdpa`.
 
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nlu.fast.deberta_attention import DisentangledAttention
+from nlu.fast.attention import DisentangledAttention
 
 NAME = "lora2_cpu"
 

@@ -17,18 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.bert import modeling_bert as bert
-from transformers.models.deberta_v2 import modeling_deberta_v2 as deberta
-from transformers.models.mpnet import modeling_mpnet as mpnet
-from transformers.models.roberta import modeling_roberta as roberta
 
-# Classifier → its layers, in which nothing mixes tokens after the attention.
-COVERED = {
-    bert.BertForSequenceClassification: bert.BertLayer,
-    deberta.DebertaV2ForSequenceClassification: deberta.DebertaV2Layer,
-    mpnet.MPNetForSequenceClassification: mpnet.MPNetLayer,
-    roberta.RobertaForSequenceClassification: roberta.RobertaLayer,
-}
+# Models of transformers, in whose layers nothing mixes tokens after the attention; by name, because imports are slow.
+COVERED = ("Bert", "DebertaV2", "MPNet", "Roberta")
 # Each thread has its own values: another thread may call the encoder alone.
 _ALONE: ContextVar[bool] = ContextVar("in a call of the classifier", default=False)
 _CUT: ContextVar[bool] = ContextVar("in a layer that computes the first token alone", default=False)
@@ -61,18 +52,25 @@ def enable_first_token(model: nn.Module) -> bool:
 
     The state dict stays as it is. Subclasses and other models are left alone. Returns whether the layer was changed.
     """
-    if type(model) not in COVERED:
+    if not _is_covered(model, "ForSequenceClassification"):
         return False
     encoder = model.base_model.encoder
-    last, kind = encoder.layer[-1], COVERED[type(model)]
+    last = encoder.layer[-1]
     convolved = getattr(encoder, "conv", None) is not None and len(encoder.layer) == 1  # after DeBERTa's first layer
-    if type(last) is not kind or "forward" in vars(last) or convolved or getattr(last, "chunk_size_feed_forward", 0):
+    as_whole = "forward" in vars(last) or convolved or getattr(last, "chunk_size_feed_forward", 0)
+    if as_whole or not _is_covered(last, "Layer"):
         return False
-    last.__class__ = type(f"FirstToken{kind.__name__}", (_FirstToken, kind), {})
+    last.__class__ = type(f"FirstToken{type(last).__name__}", (_FirstToken, type(last)), {})
     last.attention.register_forward_hook(_cut)
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
     return True
+
+
+def _is_covered(module: nn.Module, part: str) -> bool:
+    """Whether a module is that part of a model in ``COVERED``, and not of a subclass."""
+    kind = type(module)
+    return kind.__module__.startswith("transformers.") and kind.__name__ in {name + part for name in COVERED}
 
 
 def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
