@@ -7,8 +7,9 @@ questions:
     claims:                             # optional, written down before the runs; labels as tables print them
       - {label: LoRA², expect: higher, published: 1.05, source: Table 1}   # or "not lower", "level"; against: a row
     runs: 100                           # optional: nothing is shown until exactly this many runs are there, all
-                                        # finished; those that learned nothing count when they were repeated with
-                                        # seed + 100 (plan no such seeds), and in a tuning every run that has ended
+                                        # finished; in a tuning every run that has ended counts
+    repeat_failed: true                 # optional: a run that learned nothing counts when it was repeated with
+                                        # seed + 100 (plan no such seeds)
     test: [mrpc]                        # optional: tasks that are scored on their labelled test set; nothing is shown
                                         # while a finished run lacks that score
 """
@@ -48,6 +49,7 @@ class Question:
     against: Sequence[str] = ()
     claims: Sequence[Claim] = ()
     runs: int = 0
+    repeat_failed: bool = False
     test: Sequence[str] = ()
 
 

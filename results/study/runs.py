@@ -6,16 +6,18 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from nlu import ROOT
 from nlu.errors import UsageError
+from nlu.experiments.experiment import load_experiment
 from nlu.experiments.statistics import finished
-from nlu.experiments.tuning import tuning_frame
+from nlu.experiments.tuning import Tuning, tuning_frame
 from results.study.questions import Question
 
 
 def of_question(question: Question, every: pd.DataFrame) -> pd.DataFrame:
     """The runs of a question's experiment, with `rerun` where a planned run was repeated."""
-    # Only where their number is planned: elsewhere a seed is a hundred higher by chance.
-    return with_reruns(every) if question.runs else every.assign(rerun=False)
+    # Only where this is planned: elsewhere a seed is a hundred higher by chance.
+    return with_reruns(every) if question.repeat_failed else every.assign(rerun=False)
 
 
 def with_reruns(runs: pd.DataFrame) -> pd.DataFrame:
@@ -51,7 +53,7 @@ def still_open(question: Question, every: pd.DataFrame) -> str | None:
     """
     done = finished(every)
     complete = every.status == "finished"
-    lost = complete & every.failed & ~every.rerun & ~every.held_out & (question.runs > 0)  # they learned nothing
+    lost = complete & every.failed & ~every.rerun & question.repeat_failed  # they learned nothing
     untested = complete & every.task.isin(question.test) & every.test.isna()
     settled = every.held_out | (complete & ~lost & ~untested)
     planned = question.runs or len(every)
@@ -63,6 +65,15 @@ def still_open(question: Question, every: pd.DataFrame) -> str | None:
         f"Measured so far: {settled.sum()} of {planned} runs "
         f"(`configs/experiments/{question.experiment}.yaml`).{failed}{again}"
     )
+
+
+def still_tuning(question: Question, tuning: pd.DataFrame) -> str:
+    """How far the tuning of an experiment without final runs is; its scores are not shown before the finals."""
+    path = f"configs/experiments/{question.experiment}.yaml"
+    plan = Tuning(load_experiment(ROOT / path, {"model_name_or_path": "any"}))
+    # A grid that has grown has more runs than the first one.
+    planned = {run.name for run in plan.runs(plan.grids)} | {*tuning.run}
+    return f"Measured so far: {len(tuning)} of {len(planned)} tuning runs (`{path}`)."
 
 
 def tuning_table(every: pd.DataFrame) -> pd.DataFrame:

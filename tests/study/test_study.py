@@ -201,7 +201,7 @@ def test_tuning_discards_a_rate_at_or_below_a_failure_and_takes_the_best_mean_z_
 
 
 def test_question_has_no_table_before_its_last_run_has_ended_and_failed_ones_were_repeated(make, tmp_path):
-    question = QUESTIONS["questions"][0] | {"runs": 12, "against": ["LoRA r=8"], "claims": []}
+    question = QUESTIONS["questions"][0] | {"runs": 12, "repeat_failed": True, "against": ["LoRA r=8"], "claims": []}
     lines = [each for each in trial() if each["label"] in ("LoRA r=8", "LoRA² k=8")]
     make(lines[:-1], questions={"questions": [question]})  # without the last seed of one row and task
     page = (tmp_path / "README.md").read_text()
@@ -219,6 +219,20 @@ def test_question_has_no_table_before_its_last_run_has_ended_and_failed_ones_wer
         make([*lines[:-1], lost, again, *more], questions={"questions": [question]})
         assert ("| LoRA² k=8 |" in (tmp_path / "README.md").read_text()) == shown
         assert (tmp_path / "tables/scores.csv").exists() == shown
+
+
+def test_an_experiment_that_is_being_tuned_is_an_open_question_without_a_score(make, tmp_path):
+    question = {"question": "Which on {model}, on {tasks}?", "experiment": "which_method", "runs": 320}
+    axes = {"task_name": "cola", "row": "BitFit", "learning_rate": 8e-4, "seed": 101}
+    tried = line("BitFit, learning_rate=0.0008", "cola", 101, [0.4], run="cola-BitFit-learning_rate=0.0008-seed=101",
+                 axes=axes, arguments={"learning_rate": 8e-4, "holdout_fraction": 0.1})  # fmt: skip
+    further = tried | {"run": "cola-BitFit-learning_rate=0.0128-seed=101", "label": "BitFit, learning_rate=0.0128"}
+    for lines, counts in (([tried], "1 of 256"), ([tried, further], "2 of 257")):  # of a grid that has grown
+        write(tmp_path / "measured", "which_method_tuning", lines)
+        assert make([], {"questions": [question]})[0] == 0
+        page = (tmp_path / "README.md").read_text()
+        assert f"- Which on minilm, on CoLA? Measured so far: {counts} tuning runs (`configs/" in page
+        assert "40.0" not in page and not (tmp_path / "tables").exists()
 
 
 def test_question_whose_runs_have_all_failed_is_open(make, tmp_path):
