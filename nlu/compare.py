@@ -111,6 +111,8 @@ def flag_values(words: list[str]) -> dict[str, Any]:
     for name in ("method", "seed", "root_output_dir", "overwrite_output_dir"):
         if name in values:
             raise UsageError(f"--{name} is set by compare.py: use --methods, --seeds and --output_dir instead")
+    if values.get("dry_run"):
+        raise UsageError("--dry_run shows one run (run_glue.py) or an experiment (sweep.py): leave it out")
     return values
 
 

@@ -102,6 +102,8 @@ def _run_in(
     checkpoints, resumes = folder.path / "model", previous is not None and trainer.args.do_train
     # All processes resume from one step: on a network disk the others may not see the newest checkpoint yet.
     found = first_computes(lambda: last_checkpoint(checkpoints)) if resumes else None
+    if found is None and resumes and record.after_finished:
+        say("no checkpoint of the finished run is left to predict from (--save_strategy no): it is trained again")
     run_recorded(trainer, record, found and str(checkpoints / Path(found).name))
 
 
@@ -166,7 +168,7 @@ def run_recorded(trainer: GlueTrainer, record: RunRecord, checkpoint: str | None
         with contextlib.suppress(OSError):  # a full disk: the record stays as it was
             if isinstance(error, KeyboardInterrupt):
                 record.write("interrupted", error)
-            else:
+            elif not record.after_finished:
                 _publish(arguments, record.write("failed", error))
         raise
     say_outcome(finished)

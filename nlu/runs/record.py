@@ -22,6 +22,8 @@ FORMAT_VERSION = 1
 class RunRecord(TrainerCallback):
     """Collects the fields of ``results.json``; rank 0 writes it at the start, with each checkpoint and at the end.
 
+    A finished run's record (the run goes on for its predictions) is replaced at the end only.
+
     Args:
         trainer: the run's GlueTrainer. facts: further fields that are known before training.
         previous: the record of the run that is resumed; None for a new run.
@@ -30,6 +32,7 @@ class RunRecord(TrainerCallback):
     def __init__(self, trainer: Any, facts: dict[str, Any], previous: dict[str, Any] | None) -> None:
         arguments = trainer.arguments
         self.path, self.trainer = Path(arguments.root_output_dir) / RECORD, trainer
+        self.after_finished = previous is not None and previous["status"] == "finished"
         self._peak_before = previous["peak_memory_bytes"] if previous else 0  # of the processes that stopped
         self._environment = {
             "versions": versions(),
@@ -79,7 +82,7 @@ class RunRecord(TrainerCallback):
             "training_loss": self.trainer.training_losses(),
             "history": self.history(),
         })  # fmt: skip
-        if is_first():
+        if is_first() and (status == "finished" or not self.after_finished):
             write_json(self.path, record)
         return record
 

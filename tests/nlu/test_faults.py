@@ -21,7 +21,7 @@ from nlu.runs import record
 from nlu.runs.resume import last_checkpoint
 from nlu.runs.signals import Interrupted, StopRequest
 from nlu.trainer import GlueTrainer, StepClock
-from tests.nlu.killed_runs import dying, outcome, run_broken_off, run_signalled
+from tests.nlu.killed_runs import BrokenOff, break_off, dying, outcome, run_broken_off, run_signalled
 from tests.nlu.tiny import changed, error_line, make_rows, read, tiny_run, write_rows
 
 
@@ -97,6 +97,17 @@ def test_finished_run_predicts_from_its_last_step(flags, run_folder, monkeypatch
     assert after["steps"] == last and [after[name] for name in same] == [before[name] for name in same]
     assert main([*flags, "--do_predict", "--measured_dir", str(run_folder / "../measured")]) == 0
     assert len(read_lines(run_folder / "../measured/tiny-bert.jsonl")) == 1  # its line was missing
+
+
+def test_finished_run_without_a_checkpoint_keeps_its_record_until_it_is_trained_again(flags, run_folder, capsys):
+    flags = changed(flags, save_strategy="no")
+    assert main(flags) == 0
+    before = read(flags)
+    with pytest.raises(BrokenOff), dying("on_step_begin", 5, break_off):
+        main([*flags, "--do_predict"])
+    assert read(flags) == before and "trained again" in capsys.readouterr().out
+    assert main([*flags, "--do_predict"]) == 0 and outcome(run_folder)
+    assert read(flags)["evaluations"] == before["evaluations"] and read(flags)["arguments"]["do_predict"]
 
 
 def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, capsys, monkeypatch):

@@ -43,6 +43,16 @@ def test_held_out_rows_of_own_files_are_stratified_by_class(tmp_path):
     assert [np.bincount(labels).tolist() for labels in parts] == [[27, 3], [27, 3]]
 
 
+@pytest.mark.parametrize(
+    "labels, fraction, why",
+    [("aab", 0.4, "only one row has the label 'b'"), ("aabbcc" * 2, 0.1, "a fraction from 0.25 to 0.75")],
+)
+def test_a_class_too_rare_to_hold_out_is_named_with_a_way_out(tmp_path, labels, fraction, why):
+    write_rows(tmp_path / "all.csv", [{"text": f"row {i}", "label": label} for i, label in enumerate(labels)])
+    with pytest.raises(UsageError, match=why):
+        load(train_file=tmp_path / "all.csv", holdout_fraction=fraction)
+
+
 def test_glue_dir_flag_overrides_the_environment(tiny_glue, monkeypatch):
     monkeypatch.setenv("GLUE_DIR", "nowhere")
     assert len(load(task_name="cola", glue_dir=str(tiny_glue)).rows["train"]) == 50
