@@ -66,7 +66,7 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     were read; `settings`, what the runs of one mean must have in common; `held_out`, whether a run was scored on
     held-out rows of the training set, to choose a setting; `scale`, α/r; `failed`, whether a run ended early or learned
     nothing: its mean training loss over the last tenth of the steps exceeds 0.95 of the loss of the best constant
-    answer (old records without training loss: no evaluation's loss is below 0.99 of it).
+    answer (old records without training loss: no evaluation's loss is below 0.99 of it), and its score is below 100.
     If runs that share label and task differ in more than the seed, their labels are extended by what differs.
 
     Raises:
@@ -76,7 +76,7 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     frame[_FIGURES] = frame[_FIGURES].astype(float)
     shares = (frame.training_loss_end / 0.95).fillna(frame.lowest_loss / 0.99)
     frame["held_out"] = frame.arguments.map(lambda arguments: "holdout_fraction" in arguments).astype(bool)
-    frame["failed"] = (shares > frame.constant_loss) | (frame.status == "failed")
+    frame["failed"] = ((shares > frame.constant_loss) & (frame["last"] < 100)) | (frame.status == "failed")
     _tell_apart(frame)
     return _ordered(frame)
 

@@ -53,6 +53,8 @@ def test_failed_runs_are_found_by_training_loss_and_not_by_score():
     }
     runs = as_frame(line(name, "cola", 1, [0.1, 0.9], **{**constant, **own}) for name, own in losses.items())
     assert set(runs[runs.failed].label) == {"failed", "old"}
+    (right,) = as_frame([line("all right", "cola", 1, [0.9, 1.0], **constant, **losses["failed"])]).failed
+    assert not right  # a short training may still have a high loss
 
 
 def test_score_is_that_of_the_weights_that_the_run_kept_on_mnlis_matched_set():
