@@ -113,7 +113,7 @@ def _show(args: argparse.Namespace, experiment: Experiment) -> None:
         tried, finals = tuning.runs(tuning.grids), tuning.finals(tuning.find(show))
     show(finals)
     for run in finals.waiting:
-        texts[run.name] = f"{'waits':<10}{run.name}\n    for its learning rate"
+        texts[run.name] = f"{'waits':<10}{run.name}\n    until its tuning has chosen a learning rate"
     print("\n".join([*texts.values(), *cost_lines(tried, experiment.runs, args.gpus_per_run)]))
 
 

@@ -26,7 +26,8 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
     if len(done) > 1 and done["last"].nunique() == 1:
         equal = f"All runs score {number(done['last'].iloc[0], 1)}"
         return f"{equal}: the task is too easy, they learned nothing, or the evaluation set is too small."
-    compared = scores[(scores.task == ALL) & scores.difference.notna()]
+    whole = scores[scores.task == ALL]
+    compared = whole[whole.difference.notna()]
     differ = (compared.low > 0) | (compared.high < 0)
     sentences = []
     for row in compared[differ].itertuples():
@@ -39,6 +40,8 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
     for other, equal in compared[~differ].groupby("against", sort=False):
         more = "; give more --seeds" if equal.low.isna().any() else ""
         sentences.append(f"No difference shown between {other} and {', '.join(equal.row)}{more}.")
+    if len(lacking := whole[(whole.against != "") & whole.difference.isna()]):
+        sentences.append(f"No difference over all tasks for {', '.join(lacking.row)}: runs of a task are missing.")
     if len(compared) >= MANY and differ.any():
         sentences.append(f"Of {len(compared)} comparisons one in twenty differs by chance.")
     return " ".join(sentences)

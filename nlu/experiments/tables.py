@@ -47,6 +47,8 @@ def score_frame(every: pd.DataFrame, against: Sequence[str] = ()) -> pd.DataFram
         for task in [task for task in tasks if task in set(planned.task)]:
             of_task = [each[each.task == task] for each in (planned, pairs, best_pairs)]
             cells.append(_cell(*of_task) | {"task": task})
+        if pairs.task.nunique() < len(tasks):  # a mean over some tasks is not that of the table
+            pairs, best_pairs = pairs[:0], best_pairs[:0]
         whole = _cell(planned, pairs, best_pairs) | {"task": ALL}
         whole |= {name: np.nan for name in whole if name.startswith(("test", "mismatched")) or name.endswith("_std")}
         for name in ("score", "best", "seconds_per_step"):  # none if a task is missing

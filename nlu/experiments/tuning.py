@@ -176,12 +176,13 @@ def tune_and_run(experiment: Experiment, run_all: Callable[[Experiment], Ran]) -
             return tuned.code, []
         sentences = tuning.report(tuned)
         print("\n".join(f"tuning: {sentence}" for sentence in sentences))
-        code, experiment = tuned.code, tuning.finals(tuned)
+        experiment = tuning.finals(tuned)
+        code = max(tuned.code, bool(experiment.waiting))
     return max(code, run_all(experiment)[0]), sentences
 
 
 def _subject(label: str, task: str, per_task: bool) -> str:
-    return f"{label} on {task}" if per_task else label
+    return f"{label} on {HEADINGS.get(task, task)}" if per_task else label
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
@@ -274,9 +275,12 @@ def tuning_frame(
 def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
     """The printed form of :func:`tuning_frame`."""
     tasks = frame.columns[frame.columns.get_loc("chosen") + 1 :]
+    shown = {HEADINGS.get(task, task): frame[task] for task in tasks}
+    if len(tasks) > 1 and (frame[tasks].notna().sum(axis=1) <= 1).all():  # each row has a rate of its own on each task
+        shown = {"score": frame[tasks].max(axis=1)}
     marks = ["chosen" if row.chosen else "discarded" if row.discarded else "" for row in frame.itertuples()]
     return pd.DataFrame(
         {"method": frame.row, "learning rate": frame.value.map("{:g}".format)}
-        | {HEADINGS.get(task, task): frame[task].map(lambda score: number(score, 1)) for task in tasks}
+        | {heading: scores.map(lambda score: number(score, 1)) for heading, scores in shown.items()}
         | {"mean z-score": frame.z.map(lambda z: number(z, sign=True)), "": marks}
     )

@@ -51,6 +51,12 @@ def test_section_has_the_answer_before_the_table_and_the_figure(make):
     assert "failed runs" not in page and len(page[page.rindex("\n\n") :].splitlines()) <= 6  # no manual below it
 
 
+def test_a_difference_over_all_tasks_needs_runs_on_all_of_them(make):
+    page = make([each for each in trial() if (each["label"], each["task"]) != ("LoRA² k=8", "stsb")])[1]
+    assert "No difference over all tasks for LoRA² k=8: runs of a task are missing." in page
+    assert re.search(r"^\| LoRA² k=8 .*\| +LoRA r=8 \| +– \|", page, re.M)
+
+
 def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, tmp_path):
     make(trial())
     first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")}

@@ -129,7 +129,7 @@ def test_a_row_whose_tuning_failed_has_no_finals_and_a_task_can_have_a_rate_of_i
     assert {method for method, _ in rates_of(lines_of(tmp_path))} == {"lora2", "full"}
     content["tune"]["one_rate_for"] = "row_and_task"
     out = run_sweep(content)[1]
-    assert "tuning: LoRA on rte: no final runs" in out and "tuning: LoRA on cola: learning rate 0.002" in out
+    assert "tuning: LoRA on RTE: no final runs" in out and "tuning: LoRA on CoLA: learning rate 0.002" in out
     assert rates_of(lines_of(tmp_path))[("lora", "cola")] == 2e-3
 
 
