@@ -37,7 +37,10 @@ for word in "$@"; do
     fi
 done
 
-((${NNODES:-1} == 1)) || : "${NODE_RANK:?is needed with NNODES}" "${MASTER_ADDR:?is needed with NNODES}"
+if ((${NNODES:-1} > 1)) && [[ -z ${NODE_RANK:-} || -z ${MASTER_ADDR:-} ]]; then
+    echo "error: NNODES=$NNODES needs NODE_RANK and MASTER_ADDR" >&2
+    exit 2
+fi
 NPROC=${NPROC:-1} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} processes=$((${NPROC:-1} * ${NNODES:-1}))
 if ((NNODES > 1)); then MASTER_PORT=${MASTER_PORT:-29500}; fi
 [[ $backbone != roberta-large ]] || METHOD=${METHOD:-lora} # the method whose settings are published for it

@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("adapter", help="folder of the adapter")
+    add("adapter", help="folder of the adapter, or of a run of run_glue.py, which has it in adapter/")
     add("out", help="folder to write: a new one, or for peft that of an earlier peft adapter")
     add("--to", required=True, choices=("peft", "merged"), help="what to write")
     add("--base", default=None, help="name or path of the base model; --to peft only records it")
@@ -90,6 +91,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises ValueError with one line for bad input."""
     options = vars(_parser().parse_args(argv))
     adapter, out, to, base = (options.pop(name) for name in ("adapter", "out", "to", "base"))
+    of_run = Path(adapter) / "adapter"
+    adapter = of_run if of_run.is_dir() else adapter
     if options and to != "merged":
         raise ValueError(f"--{min(options)} has no meaning with --to {to}: leave it out")
     if to == "peft":

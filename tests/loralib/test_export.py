@@ -165,14 +165,15 @@ def test_labels_become_the_adapters_and_the_number_that_the_loss_reads_if_it_was
 
 @pytest.mark.parametrize("other_base", [False, True])
 def test_merged_checkpoint_loads_in_plain_transformers(tmp_path, capsys, other_base):
-    """The base's tokenizer is saved too, since the adapter has none. Another base is accepted only if the user asks."""
+    """The base's tokenizer is saved too, since the adapter has none. Another base is accepted only if the user asks. A
+    run's folder stands for its adapter."""
     base, out = make_encoder(tmp_path / "base"), tmp_path / "out"
     load = AutoModelForSequenceClassification.from_pretrained
     model = adapted(modules=["query", "layer.output"], k=2, model=load(base, num_labels=1))
-    folder = loralib.save_adapter(model, tmp_path / "a")
+    folder = loralib.save_adapter(model, tmp_path / "run/adapter")
     for name in ("model.safetensors", "config.json", "optimizer.pt"):  # a checkpoint beside the adapter
         (folder / name).write_text("{}")
-    command = [str(folder), "--to", "merged", str(out), "--base", str(base)]
+    command = [str(folder.parent if other_base else folder), "--to", "merged", str(out), "--base", str(base)]
     if other_base:
         other = load(base, num_labels=1)
         other.get_input_embeddings().weight.data[9] += 1  # a token that IDS does not contain

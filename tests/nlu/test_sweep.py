@@ -20,6 +20,7 @@ from nlu.experiments.launcher import Launcher
 from nlu.experiments.page import write_report
 from nlu.experiments.sweep_loop import Sweep
 from nlu.runs.machine import git_commit
+from nlu.runs.signals import handled_by
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, wait_until
@@ -190,7 +191,8 @@ def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_
             heard.append(at_once)
 
     signals, heard, looks = [signal.SIGINT, signal.SIGTERM], [], []
-    code = sweep_here(tmp_path, lambda command, log: Job(), BASIC | {"grid": ONE})
+    with handled_by(signal.default_int_handler, [signal.SIGINT]):  # a shell's background job ignores it
+        code = sweep_here(tmp_path, lambda command, log: Job(), BASIC | {"grid": ONE})
     assert heard == [False, True] and code == 128 + signal.SIGINT
 
 
