@@ -27,7 +27,8 @@ NOTES = """\
   labelled test set.
 - Minus: the mean over tasks and seeds of paired differences. Its 95 % interval covers only the variation between seeds.
 - Failed runs learned nothing: [the protocol](study/PROTOCOL.md) says what counts.
-- Claims were written down before the runs; p is corrected for the number of the question's claims. “Paper”: its gain.
+- Claims were written down before the runs, those on exact factors after the first runs of `recipe`; p is corrected
+  for the number of the question's claims. “Paper”: its gain.
 - All figures: [scores](tables/scores.csv) (with the best evaluations, a model in which an outlying run counts little,
   and exact intervals of failure rates); [claims](tables/claims.csv) by task; [training](tables/training.csv);
   [tuning](tables/tuning.csv).
