@@ -87,7 +87,7 @@ class RankAllocator:
     """Prunes the singular values of all layers to one global budget.
 
     Call :meth:`step` after ``optimizer.step()`` and before the gradients are cleared; steps count from 1.
-    A layer that is frozen here keeps its singular values, and the budget covers only the others.
+    A layer that is frozen, from the start or later, keeps its singular values, and the budget covers only the others.
 
     Args:
         model: has low-rank layers with singular values, all of the same rank.
@@ -164,17 +164,24 @@ class RankAllocator:
         Raises:
             ValueError: if no singular value has a gradient.
         """
+        layers = list(self.layers.values())
+        training = [row for row, layer in enumerate(layers) if layer.lora_E.requires_grad]
+        if not training:
+            return
         if step < max(self.schedule.last, 2):  # score step 1 even if it is the last before the mask is fixed
             self._update_scores()
         if not self.schedule.masks_at(step):
             return
         if step <= self.schedule.last + 1:
-            scores = self.importance_scores().flatten()
-            pruned = scores.argsort(stable=True)[: len(scores) - self.budget(step)]
+            of_layers = self.importance_scores().unbind()
+            scores = torch.cat([of_layers[row] for row in training])
+            budget = self.schedule.budget(step, self.r * len(training), self.target_rank * len(training))
+            pruned = scores.argsort(stable=True)[: len(scores) - budget]
             kept = torch.ones_like(scores, dtype=torch.bool).index_fill_(0, pruned, False)
-            self._masks = list(kept.split(self.r))
-        values = [layer.lora_E for layer in self.layers.values()]
-        torch._foreach_mul_(values, [mask.to(e) for mask, e in zip(self._masks, values, strict=True)])
+            for row, mask in zip(training, kept.split(self.r), strict=True):
+                self._masks[row] = mask
+        values = [layers[row].lora_E for row in training]
+        torch._foreach_mul_(values, [self._masks[row].to(e) for row, e in zip(training, values, strict=True)])
 
     def _update_scores(self) -> None:
         if all(layer.lora_E.grad is None for layer in self.layers.values()):

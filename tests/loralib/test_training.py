@@ -187,20 +187,29 @@ def test_very_short_training_prunes_by_scores(total, options):
     assert sum(training.ranks.pattern["layer.0.q"]) == training.ranks.live == 3
 
 
-def test_a_frozen_layer_is_neither_pruned_nor_regularised():
+@pytest.mark.parametrize("count, at", [(1, 1), (1, 4), (3, 2)])
+def test_layers_frozen_before_or_during_pruning_keep_their_singular_values(count, at):
+    """One layer of three, or all: then nothing more is pruned."""
     model = model_to_prune()
-    frozen, *others = loralib.lora_layers(model).values()
-    frozen.requires_grad_(False)
-    kept = frozen.lora_E.clone()
-    training = loralib.LowRankTraining(model, 12, target_rank=2, init_warmup=0, final_warmup=2, mask_interval=1)
+    layers = list(loralib.lora_layers(model).values())
+    frozen, others = layers[:count], layers[count:]
     for step in range(1, 13):
+        if step == at:
+            for parameter in (p for layer in frozen for p in layer.lora_parameters()):
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            kept = [layer.lora_E.detach().clone() for layer in frozen]
+        if step == 1:
+            training = loralib.LowRankTraining(model, 12, target_rank=2, init_warmup=0, final_warmup=2, mask_interval=1)
         random_step(model, torch.Generator().manual_seed(step))
         training.after_step()
-    assert torch.equal(frozen.lora_E, kept) and training.ranks.live == training.ranks.target == 2 * len(others)
-    with torch.no_grad():
-        before = training.penalty()
-        frozen.lora_B[1].mul_(2)
-        assert torch.equal(training.penalty(), before)
+    assert all(map(torch.equal, kept, [layer.lora_E for layer in frozen])) and (at > 1 or all(map(torch.all, kept)))
+    assert sum(int(layer.lora_E.count_nonzero()) for layer in others) == 2 * len(others)
+    if others:  # there is no penalty without them
+        with torch.no_grad():
+            before = training.penalty()
+            frozen[0].lora_B[1].mul_(2)
+            assert torch.equal(training.penalty(), before)
 
 
 def test_a_state_that_is_kept_in_memory_does_not_change_with_the_training():
