@@ -1,8 +1,8 @@
 """Time nlu/predict.py against transformers' own pipeline with the merged model: whole processes, the same rows.
 
     python nlu/run_glue.py --model_name_or_path demo/minilm --task_name qnli --glue_dir DIR --do_train \\
-        --method lora2 --learning_rate 3.2e-3 --max_train_samples 4000 --max_steps 100 --root_output_dir /tmp/qnli
-    python benchmarks/predict.py --adapter /tmp/qnli --base demo/minilm --input DIR/qnli/validation.jsonl
+        --method lora2 --learning_rate 3.2e-3 --max_train_samples 4000 --max_steps 100 --root_output_dir output/qnli
+    python benchmarks/predict.py --adapter output/qnli --base demo/minilm --input DIR/qnli/validation.jsonl
 
 The two take turns; the labels must be equal. What is printed is also written to benchmarks/results/, as
 benchmarks/run.py does.
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import loralib
 from benchmarks.run import machine_of, write
+from loralib.adapter_folder import adapter_in
 from nlu import ROOT
 from nlu.errors import OneLineParser, RunError, program
 from nlu.experiments.launcher import available_cores
@@ -95,9 +96,8 @@ def main(words: Sequence[str]) -> int:
     add("--rounds", type=int, default=3, help="how often each is timed (3)")
     add("--threads", type=int, default=available_cores(), help="threads of each process (all cores)")
     options = parser.parse_args(words)
-    adapter = options.adapter / "adapter" if (options.adapter / "adapter").is_dir() else options.adapter
     seconds, rows, different = measure(
-        adapter, options.base, options.input, options.rows, options.rounds, options.threads
+        adapter_in(options.adapter), options.base, options.input, options.rows, options.rounds, options.threads
     )
     on = machine_of("cpu", options.threads)
     record = {

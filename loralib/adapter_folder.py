@@ -236,6 +236,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> tuple[AdapterConfig, dict[st
     return config, tensors | {name: tensors[stored] for name, stored in config.tied.items() if stored in tensors}
 
 
+def adapter_in(folder: str | os.PathLike[str]) -> Path:
+    """The adapter's folder: ``folder``, or its subfolder ``adapter``, where a training run has it."""
+    inside = Path(folder) / "adapter"
+    return inside if inside.is_dir() else Path(folder)
+
+
 def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     """Read ``adapter_config.json``. Raises ValueError if it is missing, malformed, edited or of another format."""
     path = Path(folder) / CONFIG_FILE

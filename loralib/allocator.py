@@ -145,9 +145,10 @@ class RankAllocator:
                     found.setdefault(id(parameter), (parameter, axis, []))[2].append(row)
         return list(found.values())
 
-    def budget(self, step: int) -> int:
-        """Number of singular values that all layers keep in total at ``step``."""
-        return self.schedule.budget(step, self.r * len(self.layers), self.target_rank * len(self.layers))
+    def budget(self, step: int, layers: int | None = None) -> int:
+        """Number of singular values that ``layers`` layers (None: all) keep in total at ``step``."""
+        count = len(self.layers) if layers is None else layers
+        return self.schedule.budget(step, self.r * count, self.target_rank * count)
 
     def ranks(self, step: int) -> Ranks:
         """The singular values of the pruned layers, with the budget at ``step``."""
@@ -175,8 +176,7 @@ class RankAllocator:
         if step <= self.schedule.last + 1:
             of_layers = self.importance_scores().unbind()
             scores = torch.cat([of_layers[row] for row in training])
-            budget = self.schedule.budget(step, self.r * len(training), self.target_rank * len(training))
-            pruned = scores.argsort(stable=True)[: len(scores) - budget]
+            pruned = scores.argsort(stable=True)[: len(scores) - self.budget(step, len(training))]
             kept = torch.ones_like(scores, dtype=torch.bool).index_fill_(0, pruned, False)
             for row, mask in zip(training, kept.split(self.r), strict=True):
                 self._masks[row] = mask
@@ -190,10 +190,13 @@ class RankAllocator:
         # A missing gradient (an unused module) and a non-finite entry (a step skipped in float16) count as 0.
         current = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])
         current = current.nan_to_num(0.0, 0.0, 0.0).mul_(_flat(parameters)).abs_()
+        moves: Tensor | float = 1.0
+        if not all(p.requires_grad for p in parameters):  # a frozen parameter keeps its scores: it may train again
+            moves = _flat([torch.full_like(p, p.requires_grad) for p in parameters])
         # The model may have been moved to another device.
         self._sensitivity, self._uncertainty = self._sensitivity.to(current), self._uncertainty.to(current)
-        self._sensitivity.lerp_(current, 1 - self.beta1)
-        self._uncertainty.lerp_(current.sub_(self._sensitivity).abs_(), 1 - self.beta2)
+        self._sensitivity.lerp_(current, (1 - self.beta1) * moves)
+        self._uncertainty.lerp_(current.sub_(self._sensitivity).abs_(), (1 - self.beta2) * moves)
 
     def importance_scores(self) -> Tensor:
         """Importance of every singular value, (layers, r) float32, layers in the order of their names."""

@@ -37,7 +37,12 @@ NEVER_CALLED = (
 
 
 def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, LoRALayer) or is_conv1d(module)
+    plain = type(module) is nn.Linear or isinstance(module, LoRALayer) or is_conv1d(module)
+    return plain or _of_bitsandbytes(module)  # the latter is refused with what to do; left out, it would stay unadapted
+
+
+def _of_bitsandbytes(module: nn.Module) -> bool:
+    return type(module).__name__ == "Linear4bit"
 
 
 def module_type(name: str) -> str:
@@ -154,8 +159,10 @@ def inject(
 
 
 def check_replaceable(name: str, module: nn.Module) -> None:
-    """Raises ValueError if a linear layer has hooks, which may compute its weight or output, or if its forward method
-    was replaced, as accelerate does for a ``device_map``."""
+    """Raises ValueError if a linear layer is of bitsandbytes; has hooks, which may compute its weight or output; or if
+    its forward method was replaced, as accelerate does for a ``device_map``."""
+    if _of_bitsandbytes(module):
+        raise ValueError(f"{name} is quantised by bitsandbytes: use LoRA² in peft (loralib.interop.peft_method)")
     own_forward = vars(module).get("forward")  # accelerate puts the class's there when it removes its hook
     if own_forward is not None and getattr(own_forward, "__func__", None) is not type(module).forward:
         raise ValueError(f"the forward method of {name} was replaced, which would be lost: restore it, or use LoRA² in "

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -118,6 +118,14 @@ class LowRankUpdate(nn.Module):
                 nn.init.orthogonal_(factor)
             else:
                 nn.init.normal_(factor, std=GAUSSIAN_STD)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> LowRankUpdate:
+        """``to_empty()`` moves factors from the meta device without values: then they are drawn."""
+        without_values = self.r > 0 and self.lora_A[0].is_meta
+        super()._apply(fn, recurse)
+        if without_values and not self.lora_A[0].is_meta:
+            self.draw_factors()
+        return self
 
     @property
     def starts_at_zero(self) -> nn.Parameter:

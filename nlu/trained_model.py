@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import loralib
+from loralib.adapter_folder import adapter_in
 from loralib.interop.transformers_models import load_base_of, revision_of
 from nlu.data.file_formats import Row
 from nlu.data.tokens import encode
@@ -65,8 +66,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
         UsageError: if the adapter is damaged, its base is missing or does not fit, or the model does not predict one
             class or one number for each row.
     """
-    of_run = os.path.join(arguments.adapter, "adapter")
-    folder = of_run if os.path.isdir(of_run) else arguments.adapter
+    folder = adapter_in(arguments.adapter)
     try:
         config = loralib.read_adapter_config(folder)
         source, card = arguments.base or config.base_model, config.card
@@ -92,7 +92,7 @@ def load_predictor(arguments: argparse.Namespace) -> Predictor:
     return Predictor(model.eval().to(device), tokenizer, columns, names)
 
 
-def _class_names(config: Any, folder: str) -> list[str] | None:
+def _class_names(config: Any, folder: Path) -> list[str] | None:
     """The names of the classes by number; None for a regression of one number."""
     number, problem = config.num_labels, config.problem_type
     names = [str(config.id2label[i]) for i in range(number) if i in config.id2label]

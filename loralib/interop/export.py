@@ -13,13 +13,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from loralib.adapter import load_adapter
-from loralib.adapter_folder import CARD_FILE, copy_tokenizer, has_tokenizer, read_adapter_config
+from loralib.adapter_folder import CARD_FILE, adapter_in, copy_tokenizer, has_tokenizer, read_adapter_config
 from loralib.files import new_files, refuse_files
 from loralib.interop.peft_format import export_peft
 from loralib.interop.transformers_models import load_base_of, processor_of, quiet_transformers
@@ -78,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("adapter", help="folder of the adapter, or of a run of run_glue.py, which has it in adapter/")
+    add("adapter", help="folder of the adapter, or of a run that has it in adapter/")
     add("out", help="folder to write: a new one, or for peft that of an earlier peft adapter")
     add("--to", required=True, choices=("peft", "merged"), help="what to write")
     add("--base", default=None, help="name or path of the base model; --to peft only records it")
@@ -91,8 +90,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     """Run the command. Raises ValueError with one line for bad input."""
     options = vars(_parser().parse_args(argv))
     adapter, out, to, base = (options.pop(name) for name in ("adapter", "out", "to", "base"))
-    of_run = Path(adapter) / "adapter"
-    adapter = of_run if of_run.is_dir() else adapter
+    adapter = adapter_in(adapter)
     if options and to != "merged":
         raise ValueError(f"--{min(options)} has no meaning with --to {to}: leave it out")
     if to == "peft":

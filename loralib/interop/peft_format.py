@@ -99,10 +99,9 @@ def export_peft(
     for name in config.head:
         if name.rpartition(".")[0] in config.ranks:
             raise ValueError(f"{name} was trained beside its low-rank update: peft's LoRA format cannot hold both")
+    recorded = config.card.get("peft_lacks")  # by loralib 0.4
     names = (name.partition(".lora_")[0] for name in config.tied)
-    if lacks := next(
-        (name for name in names if name not in config.modules), config.card.get("peft_lacks")
-    ):  # so loralib 0.4 recorded it
+    if lacks := next((name for name in names if name not in config.modules), recorded):
         raise ValueError(f"{lacks!r:.200} is a second name of a trained weight (tied weights), which peft's format "
                          "cannot hold: load the adapter with load_adapter()")  # fmt: skip
     if base_model not in (None, config.base_model):

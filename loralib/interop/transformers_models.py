@@ -50,13 +50,10 @@ def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
         try:
             # The adapter's head replaces the checkpoint's, which may have another size. Without trust_remote_code=False
             # transformers would ask whether to run a checkpoint's own code.
-            return (
-                getattr(transformers, config.architecture)
-                .from_pretrained(
-                    source, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **options
-                )
-                .eval()
+            model = getattr(transformers, config.architecture).from_pretrained(
+                source, dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **options
             )
+            return model.eval()
         except Exception as error:  # a damaged file can raise any kind of exception
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--base {source} cannot be loaded: {reason}") from None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-# The defaults, also of run_glue.py's flags. configs/methods/ gives lora2_plus and lora2_shared 4, lora_plus 16.
+# The defaults, also of run_glue.py's flags. configs/methods/ gives the plus variants and lora2_shared 4, lora_plus 16.
 VALUE_LR_RATIO = 1.0  # of e
 B_LR_RATIO = 1.0  # of LoRA's B
 

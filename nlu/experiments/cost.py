@@ -9,7 +9,7 @@ from typing import Any
 
 from nlu.data.glue import split_files
 from nlu.experiments.experiment import Run
-from nlu.experiments.names import RATE
+from nlu.experiments.names import row_of
 from nlu.tasks import TASKS
 
 
@@ -28,7 +28,7 @@ def cost_lines(tuning: list[Run], finals: list[Run], processes: int = 1) -> list
         key = str(run.arguments | {"seed": None, "learning_rate": None})
         if key not in known:
             known[key] = steps_and_rows(run.parse(), processes)
-        for row in (run.label.partition(RATE)[0], "in total"):
+        for row in (row_of(run.label), "in total"):
             cell = cells.setdefault(row, [0, 0, 0])
             cells[row] = [cell[0] + 1, cell[1] + known[key][0], cell[2] + known[key][1]]
     cells["in total"] = cells.pop("in total")  # the last line

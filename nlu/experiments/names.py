@@ -36,6 +36,11 @@ def label_of(axes: Mapping[str, Any], config: str) -> str:
     return ", ".join(names) or _method_name(config, config)
 
 
+def row_of(label: str) -> str:
+    """The row of a run from its label, in which a tuning run has its learning rate too."""
+    return label.partition(RATE)[0]
+
+
 def task_of(arguments: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """A run's task in tables: GLUE's name, or for own data their label in the grid, or the training file or its folder.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nlu.experiments.names import RATE
+from nlu.experiments.names import row_of
 from nlu.experiments.statistics import LEVEL, finished
 from nlu.experiments.tables import ALL, number
 from nlu.tasks import HEADINGS
@@ -90,7 +90,7 @@ def not_ended(every: pd.DataFrame, plan: Sequence[dict[str, Any]], kind: str = "
     there, lacking = set(every.run), {}
     for run in plan:
         if run["run"] not in there:
-            tasks = lacking.setdefault(run["label"].partition(RATE)[0], [])
+            tasks = lacking.setdefault(row_of(run["label"]), [])
             tasks.append(HEADINGS.get(run["task"], run["task"]))
     named = [f"{label} on {', '.join(dict.fromkeys(tasks))} ({len(tasks)})" for label, tasks in lacking.items()]
     count = sum(map(len, lacking.values()))

@@ -12,7 +12,7 @@ import pandas as pd
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run
 from nlu.experiments.lines import planned
-from nlu.experiments.names import RATE, run_name
+from nlu.experiments.names import RATE, row_of, run_name
 from nlu.experiments.statistics import as_frame
 from nlu.experiments.sweep_loop import Ran
 from nlu.experiments.tables import number
@@ -263,9 +263,7 @@ def tuning_frame(
     rates = rates[rates.held_out]
     rates = rates.assign(row=list(map(_subject, rates.row, rates.task, [per_task] * len(rates))))
     ended = set(every.run)
-    waiting = {
-        _subject(run["label"].partition(RATE)[0], run["task"], per_task) for run in plan if run["run"] not in ended
-    }
+    waiting = {_subject(row_of(run["label"]), run["task"], per_task) for run in plan if run["run"] not in ended}
     table = choose_rates(rates, discarded)
     table["chosen"] &= ~table.row.isin(waiting)
     scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)

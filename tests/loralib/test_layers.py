@@ -124,6 +124,16 @@ def test_factors_on_the_meta_device_are_not_multiplied_with_values():
         layer(torch.ones(2, 11))
 
 
+def test_factors_that_leave_the_meta_device_without_values_are_drawn(monkeypatch):
+    monkeypatch.setattr(torch, "empty_like", lambda old, device: torch.full_like(old, torch.nan, device=device))
+    with torch.device("meta"):
+        model = nn.Sequential(loralib.LoRA2Linear(11, 7, 4, 12.0), loralib.Linear(7, 5, 4, 12.0))
+    model.to_empty(device="cpu")
+    for layer in model:
+        assert layer.weight.isnan().all() and torch.equal(layer.delta_weight(), torch.zeros(layer.weight.shape))
+        assert all(factor.std() > 0 for factor in layer.lora_A)
+
+
 @pytest.mark.parametrize("kind, names", [("lora", ["lora_B", "lora_A"]), ("adalora", ["lora_B", "lora_E", "lora_A"])])
 def test_states_of_microsofts_and_adaloras_loralib_load(kind, names):
     model = nn.Sequential(nn.Linear(6, 5))

@@ -212,6 +212,21 @@ def test_layers_frozen_before_or_during_pruning_keep_their_singular_values(count
             assert torch.equal(training.penalty(), before)
 
 
+def test_layer_keeps_its_scores_while_it_is_frozen():
+    """If the scores decayed, the whole layer would be pruned once it trains again."""
+    model = model_to_prune()
+    first = next(iter(loralib.lora_layers(model).values()))
+    training = loralib.LowRankTraining(model, 100, target_rank=2)
+    for step in range(6):
+        if step == 3:
+            first.requires_grad_(False).zero_grad()
+            frozen, trained, _ = training.allocator.importance_scores()
+        random_step(model, torch.Generator().manual_seed(step))
+        training.after_step()
+    scores = training.allocator.importance_scores()
+    assert torch.equal(scores[0], frozen) and not torch.equal(scores[1], trained)
+
+
 def test_a_state_that_is_kept_in_memory_does_not_change_with_the_training():
     training = loralib.LowRankTraining(model_to_prune(), 100, target_rank=2)
     for step in range(2):
