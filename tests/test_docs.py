@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 import loralib
-from loralib.interop import export
+from loralib import export
 from nlu import ROOT, command_line, compare, predict, report, sweep
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.statistics import load_measured

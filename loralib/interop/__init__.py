@@ -1,1 +1,1 @@
-"""Connections to other tools: peft, transformers' models, export, precision, sharding."""
+"""Connections to other tools: peft, transformers' models, precision, sharding."""

@@ -15,14 +15,12 @@ import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
 
 import loralib
 import loralib.interop.peft_method  # registers LoRA² with peft
 from loralib.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, _config_digest, copy_tokenizer
-from loralib.interop.export import export_merged
 from loralib.interop.sharding import shard_frozen
-from tests.loralib.small import INPUTS, Net, adapted, assert_unchanged, encoder, refused, state_of
+from tests.loralib.small import INPUTS, Net, adapted, assert_unchanged, refused, state_of
 
 FOLDER = Path(__file__).parent / "adapters_v1"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())
@@ -71,11 +69,9 @@ FORGED = {
     "a peft adapter": (lambda c, t: c.update(peft_type="LORA"), "is a peft adapter"),
     "a class that is code": (lambda c, t: c.update(architecture="A\nimport os"), "architecture cannot be"),
     "a rank that is a boolean": (lambda c, t: c["groups"][0].update(r=True), "r cannot be True"),
-    "labels that are no mapping": (lambda c, t: c.update(base_config={"id2label": 5}), "base_config holds no labels"),
     "a label that is a list": (
         lambda c, t: c.update(base_config={"id2label": {"0": []}, "problem_type": None}), "base_config holds no labels"
     ),
-    "a head of numbers": (lambda c, t: c.update(head=[1]), "head cannot be"),
     "a head that is a factor": (lambda c, t: c["head"].append("layers.0.q.lora_E"), "lora_E: the adapter holds"),
     "a huge rank": (
         lambda c, t: c["groups"][0].update(r=10**9, rank_pattern={"layers.0.q": "0"}), "layers.0.q is beyond 1024"
@@ -194,23 +190,15 @@ def test_failed_save_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
 def test_a_tokenizer_with_several_chat_templates_is_saved_and_copied(tmp_path):
     """transformers writes all but the default one into a folder."""
     template = Path("additional_chat_templates") / "tool_use.jinja"
-    deeper = Path("one/two/tool_use.jinja")
 
-    def save_tokenizer(new, template=template):
-        (new / template).parent.mkdir(parents=True)
+    def save_tokenizer(new):
+        (new / template).parent.mkdir()
         (new / template).write_text("{{ tools }}")
 
     for _ in range(2):
         folder = loralib.save_adapter(adapted(k=2), tmp_path / "a", save_tokenizer=save_tokenizer)
     copy_tokenizer(folder, tmp_path)
     assert (tmp_path / template).read_text() == (folder / template).read_text() == "{{ tools }}"
-    loralib.save_adapter(adapted(k=2), folder, save_tokenizer=functools.partial(save_tokenizer, template=deeper))
-    assert (folder / deeper).exists()
-    plain = loralib.save_adapter(adapted(k=2), tmp_path / "b")
-    (plain / template.parent).write_text("a file in the place of the folder")
-    with pytest.raises(FileExistsError):
-        loralib.save_adapter(adapted(k=3), plain, save_tokenizer=save_tokenizer)
-    loralib.load_adapter(Net(), plain)  # as it was
 
 
 class Killed(BaseException):
@@ -243,8 +231,8 @@ def _call_or_die(call, calls, moment, *args, **kwargs):
     return call(*args, **kwargs)
 
 
-def _save_load_and_export(rank, folder, shards):
-    """Run by two processes, which save one adapter and load it, then export one merged checkpoint and load that."""
+def _save_and_load(rank, folder, shards):
+    """Run by two processes, which save one adapter and load it."""
     torch.set_num_threads(1)  # renews the thread pool that a fork breaks, before several threads do so at once
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model, adapter = adapted(k=2), folder / "adapter"
@@ -260,24 +248,12 @@ def _save_load_and_export(rank, folder, shards):
     for turn in range(10):  # without barriers: the folder is complete at any time
         loralib.save_adapter(model, adapter, card={"turn": turn})
         loralib.load_adapter(Net(), adapter)
-    for out in (folder / str(rank), folder / "merged", folder / "merged"):  # first each to its own folder
-        export_merged(folder / "encoder", out, str(folder / "base"))
-        torch.distributed.barrier()  # from_pretrained does not lock the folder
-        merged = AutoModelForSequenceClassification.from_pretrained(out).eval()
-        torch.testing.assert_close(merged(IDS).logits, torch.load(folder / "logits.pt"), atol=1e-5, rtol=1e-5)
-        torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-IDS = torch.arange(10, 16)[None]
 
 
 @pytest.mark.parametrize("shards", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "sharded"])
 def test_two_processes_that_write_to_the_same_folder_leave_it_complete(tmp_path, shards):
-    encoder().save_pretrained(tmp_path / "base")
-    loralib.save_adapter(model := adapted(modules=["value"], k=2, model=encoder()), tmp_path / "encoder")
-    torch.save(model(IDS).logits.detach(), tmp_path / "logits.pt")
-    torch.multiprocessing.start_processes(_save_load_and_export, (tmp_path, shards), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(_save_and_load, (tmp_path, shards), nprocs=2, start_method="fork")
     assert loralib.read_adapter_config(tmp_path / "adapter").card == {"turn": 9}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
-from loralib.interop.export import main
+from loralib.export import main
 from loralib.interop.peft_format import export_peft
 from tests.loralib.small import INPUTS, KINDS, Net, adapted, encoder, gpt2, refused
 from tests.loralib.test_adapter_folder import FOLDER
@@ -142,22 +142,6 @@ def test_peft_switches_between_exported_adapters_and_mixes_them_in_one_batch(tmp
         theirs.set_adapter(name)
         for logits in (theirs(IDS).logits, mixed[row : row + 1]):
             torch.testing.assert_close(logits, expected[name], atol=1e-4, rtol=1e-4)
-
-
-def test_labels_become_the_adapters_and_the_number_that_the_loss_reads_if_it_was_the_configs(tmp_path):
-    saved = adapted(modules=["query"], model=encoder(num_labels=3))
-    saved.config.id2label = {0: "low", 1: "middle", 2: "high"}
-    folder = loralib.save_adapter(saved, tmp_path / "a")
-    models = [encoder(), encoder(), encoder()]
-    models[1].num_labels = 5  # a class with a head of its own, beside the encoder's config
-    del models[2].num_labels  # a class that reads the config's cannot be given another
-    models[2].__class__ = type(
-        "Reader", (encoder().__class__,), {"num_labels": property(lambda m: m.config.num_labels)}
-    )
-    for model, number in zip(models, (3, 5, 3), strict=True):
-        model.classifier = nn.Linear(16, 3)
-        loralib.load_adapter(model, folder)
-        assert model.config.id2label[2] == "high" and model.num_labels == number
 
 
 # ---- merged ---------------------------------------------------------------------------------------------------------

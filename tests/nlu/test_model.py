@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
-from loralib.interop.export import export_merged
+from loralib.export import export_merged
 from nlu import predict as predict_program
 from nlu.command_line import parse_arguments
 from nlu.errors import UsageError

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import loralib
-from loralib.interop.export import export_merged
+from loralib.export import export_merged
 from nlu import predict, run_glue
 from nlu.data.file_formats import Row
 from nlu.errors import UsageError
