@@ -20,17 +20,16 @@ from loralib.adapter_folder import AdapterConfig, LayerGroup, base_config_of, na
 from loralib.checks import check_choice
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import KINDS, check_replaceable, is_linear, put_in_place
-from loralib.layers import LoRALayer
+from loralib.layers import LoRALayer, frozen_shape
 from loralib.model import (
+    factors_of,
     head_tensors,
-    live_singular_values,
-    mark_only_lora_as_trainable,
+    live_ranks,
     own_layers,
     unwrapped,
     unwrapped_throughout,
 )
 from loralib.model_card import adapter_card
-from loralib.stored_weight import frozen_shape
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
@@ -69,7 +68,7 @@ def save_adapter(
         layers = own_layers(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("nothing to save: no parameter is trainable; unfreeze the factors and the head first")
-        live, head = live_singular_values(layers), head_tensors(model)
+        live, head = live_ranks(layers), head_tensors(model)
         stored, tied = _stored_tensors(model, layers, live, head)
         groups = _groups(layers, live)
         of_transformers = getattr(model, "config", None)
@@ -233,8 +232,8 @@ def _check_base(model: nn.Module, config: AdapterConfig) -> None:
     """Raises ValueError unless the base's weights are those that the adapter was trained on."""
     if base_fingerprint(model, config.head) != config.base_fingerprint:
         raise ValueError(
-            f"the base's weights are not those the adapter was trained on: {_origin(config)} "
-            "(allow_other_base accepts another)"
+            f"the base's weights are not those the adapter was trained on: {_origin(config)} (a new head that was left "
+            "frozen counts as base: unfreeze it before the training; allow_other_base accepts another base)"
         )
 
 
@@ -255,11 +254,10 @@ def _install(
         for parameter in layer.lora_parameters():
             parameter.data.zero_()  # so that nothing is left of pruned values
     _write_live_values(layers, config, tensors)
-    mark_only_lora_as_trainable(model)
-    options = config.head_options() if hasattr(model, "config") else {}
-    if options and vars(model).get("num_labels", 0) == getattr(model.config, "num_labels", None):
-        model.num_labels = len(options["id2label"])  # type: ignore[assignment]  # the model's loss reads it
-    for name, value in options.items():
+    model.requires_grad_(False)
+    for factor in factors_of(model):
+        factor.requires_grad_(True)
+    for name, value in (config.head_options() if hasattr(model, "config") else {}).items():
         setattr(model.config, name, value)
     state = model.state_dict(keep_vars=True)
     for name in config.head:

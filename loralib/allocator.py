@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from loralib.checks import check_choice, check_number, check_whole_number
-from loralib.model import trained_svd_layers
+from loralib.model import live_singular_values, trained_svd_layers
 from loralib.pruning_schedule import MASK_INTERVAL, BudgetSchedule
 from loralib.update import LowRankUpdate
 
@@ -59,11 +59,8 @@ class Ranks:
 
     @property
     def pattern(self) -> dict[str, list[bool]]:
-        """Module name → which of its singular values are live: not 0."""
-        flat = [value.detach().flatten() for value in self.values.values()]
-        together = torch.cat([each.to(flat[0].device) for each in flat]) != 0
-        flags = iter(together.tolist())  # one wait for the device
-        return {name: [next(flags) for _ in each] for name, each in zip(self.values, flat, strict=True)}
+        """Module name → which of its singular values are live, see :func:`loralib.model.live_singular_values`."""
+        return live_singular_values(self.values)
 
     @property
     def live(self) -> int:
@@ -87,7 +84,7 @@ class RankAllocator:
     """Prunes the singular values of all layers to one global budget.
 
     Call :meth:`step` after ``optimizer.step()`` and before the gradients are cleared; steps count from 1.
-    A layer that is frozen, from the start or later, keeps its singular values, and the budget covers only the others.
+    A layer that is frozen, from the start or later, keeps its singular values; only the others are pruned.
 
     Args:
         model: has low-rank layers with singular values, all of the same rank.
@@ -145,15 +142,16 @@ class RankAllocator:
                     found.setdefault(id(parameter), (parameter, axis, []))[2].append(row)
         return list(found.values())
 
-    def budget(self, step: int, layers: int | None = None) -> int:
-        """Number of singular values that ``layers`` layers (None: all) keep in total at ``step``."""
-        count = len(self.layers) if layers is None else layers
-        return self.schedule.budget(step, self.r * count, self.target_rank * count)
+    def budget(self, step: int) -> int:
+        """Number of singular values that all layers may keep in total at ``step``; a frozen one may keep all."""
+        count = len(self.layers)
+        trained = sum(layer.lora_E.requires_grad for layer in self.layers.values())
+        return self.schedule.budget(step, self.r * trained, self.target_rank * trained) + self.r * (count - trained)
 
     def ranks(self, step: int) -> Ranks:
-        """The singular values of the pruned layers, with the budget at ``step``."""
-        count = len(self.layers)
-        return Ranks.of_layers(self.layers, self.r * count, self.budget(step), self.target_rank * count)
+        """The singular values of the layers, with the budget at ``step``."""
+        target = self.budget(self.schedule.total_steps)
+        return Ranks.of_layers(self.layers, self.r * len(self.layers), self.budget(step), target)
 
     @torch.no_grad()
     def step(self, step: int) -> None:
@@ -176,7 +174,7 @@ class RankAllocator:
         if step <= self.schedule.last + 1:
             of_layers = self.importance_scores().unbind()
             scores = torch.cat([of_layers[row] for row in training])
-            pruned = scores.argsort(stable=True)[: len(scores) - self.budget(step, len(training))]
+            pruned = scores.argsort(stable=True)[: self.r * len(layers) - self.budget(step)]
             kept = torch.ones_like(scores, dtype=torch.bool).index_fill_(0, pruned, False)
             for row, mask in zip(training, kept.split(self.r), strict=True):
                 self._masks[row] = mask
@@ -185,7 +183,8 @@ class RankAllocator:
 
     def _update_scores(self) -> None:
         if all(layer.lora_E.grad is None for layer in self.layers.values()):
-            raise ValueError("no singular value has a gradient: update the pruning before the gradients are cleared")
+            raise ValueError("no singular value has a gradient: call this before the gradients are cleared, and train "
+                             "with this adapter active and not merged")  # fmt: skip
         parameters = [parameter for parameter, *_ in self._scored()]
         # A missing gradient (an unused module) and a non-finite entry (a step skipped in float16) count as 0.
         current = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])

@@ -10,9 +10,8 @@ from typing import Any
 from torch import nn
 
 from loralib.checks import check_choice
-from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SoRALinear, SVDLinear
+from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SoRALinear, SVDLinear, is_conv1d
 from loralib.model import factors_of, lora_layers
-from loralib.stored_weight import is_conv1d
 
 KINDS: dict[str, type[LoRALayer]] = {
     preset.kind: preset for preset in (Linear, SVDLinear, LoRA2Linear, MultiScaleLinear, SoRALinear)
@@ -134,12 +133,14 @@ def inject(
         The names of the replaced modules.
 
     Raises:
-        ValueError: for an unknown kind, a pattern that matches nothing, a layer that is low-rank already or cannot be
-            replaced, or a value out of range. TypeError: for an argument that does not belong to the kind. The model is
-            unchanged then.
+        ValueError: for an unknown kind, a model with layers of peft, a pattern that matches nothing, a layer that is
+            low-rank already or cannot be replaced, or a value out of range. TypeError: for an argument that does not
+            belong to the kind. The model is unchanged then.
     """
     check_choice("kind", kind, KINDS)
     widths, init = KINDS[kind].scales(**options)
+    if any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        raise ValueError("inject would freeze peft's adapters: use LoRA² in peft too (loralib.interop.peft_method)")
     if share_outer and not widths:
         raise ValueError(f"share_outer needs two or more scales; {kind!r} has one here")
     modules = {name: model.get_submodule(name) for name in match_modules(model, target_modules)}

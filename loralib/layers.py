@@ -7,7 +7,7 @@ weight keeps its name in a state dict. Its subclasses are presets.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loralib.fused import autocast_dtype
-from loralib.stored_weight import frozen_shape, is_conv1d, stored_form
 from loralib.update import INITS, LowRankUpdate
 
 
@@ -26,7 +25,7 @@ class LoRALayer(LowRankUpdate, nn.Linear):
     Args:
         in_features, out_features, bias: as for ``nn.Linear``.
         r, lora_alpha, lora_dropout: as for :class:`loralib.update.LowRankUpdate`, which describes the factors.
-        args, options: the arguments of the preset's :meth:`scales`.
+        args, options: the arguments of the preset's ``scales``.
 
     Attributes:
         fan_in_fan_out: whether ``weight`` is stored as (in, out), as in GPT-2's ``Conv1D``.
@@ -37,11 +36,8 @@ class LoRALayer(LowRankUpdate, nn.Linear):
     """
 
     kind: ClassVar[str]  # the preset's name, see :func:`loralib.inject`
-
-    @staticmethod
-    def scales(*args: Any, **options: Any) -> tuple[Sequence[int], str]:
-        """Turns the preset's own arguments into the widths, from the outermost inward, and the initialisation."""
-        raise NotImplementedError
+    # Turns the preset's own arguments into the widths, from the outermost inward, and the initialisation.
+    scales: ClassVar[Callable[..., tuple[Sequence[int], str]]]
 
     def __init__(
         self,
@@ -56,9 +52,8 @@ class LoRALayer(LowRankUpdate, nn.Linear):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        scales = self.scales(*args, **options)
         linear = nn.Linear(in_features, out_features, bias, device, dtype).requires_grad_(False)
-        self._wrap(linear, r, lora_alpha, lora_dropout, *scales)
+        self._wrap(linear, r, lora_alpha, lora_dropout, *self.scales(*args, **options))
 
     @classmethod
     def from_linear(cls, linear: nn.Module, *settings: Any) -> LoRALayer:
@@ -76,16 +71,15 @@ class LoRALayer(LowRankUpdate, nn.Linear):
         return layer.train(linear.training)
 
     def _wrap(self, linear: nn.Module, *settings: Any) -> None:
-        """What ``__init__`` and :meth:`from_linear` share: take the linear layer's parameters, and add the factors."""
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = frozen_shape(linear)
+        """What ``__init__`` and :meth:`from_linear` share: the factors beside the linear layer's own parameters."""
+        rows, columns = frozen_shape(linear)
+        super().__init__(columns, rows, *settings, device=linear.weight.device, dtype=linear.weight.dtype)
         self.fan_in_fan_out, self.merged = is_conv1d(linear), False
         self._quantised = stored_form(linear.weight) == "quantised"
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
         # A buffer moves with the layer to another device. A state dict holds it under the name of the weight.
         self.register_buffer("_weight_before_merge", None, persistent=False)
-        self._add_factors(*settings, device=self.weight.device, dtype=self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """x (…, in) → x Wᵀ + bias + dropout(x) ΔWᵀ, shape (…, out), in the dtype of ``weight`` or autocast's; with a
@@ -151,6 +145,31 @@ def merged_weight(weight: Tensor, delta: Tensor, transposed: bool) -> Tensor:
         raise ValueError(f"the weight is {stored_form(weight)}, and only a plain one can be merged into")
     delta = (delta.T if transposed else delta).to(weight.device)
     return (weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta).to(weight.dtype)
+
+
+# ---- the form of the frozen weight, found without importing the library that made it ---------------------------------
+
+
+def stored_form(weight: Tensor) -> str | None:
+    """How a weight is stored: None if it holds its values, ``"sharded"`` if it holds a part of them (FSDP's DTensor),
+    ``"quantised"`` if it encodes them in another form (torchao's tensors, bitsandbytes' ``Params4bit``)."""
+    if hasattr(weight, "full_tensor"):
+        return "sharded"
+    return "quantised" if hasattr(weight, "quant_state") or hasattr(weight, "__tensor_flatten__") else None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, weight stored (in, out); recognised by name and shape, without an import."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
+
+
+def frozen_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer. A quantised weight may be packed into another shape."""
+    if stored_form(linear.weight) == "quantised":
+        return linear.out_features, linear.in_features
+    rows, columns = linear.weight.shape
+    return (columns, rows) if is_conv1d(linear) else (rows, columns)
 
 
 # ---- the presets ----------------------------------------------------------------------------------------------------

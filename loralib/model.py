@@ -102,35 +102,26 @@ def compact(model: nn.Module) -> dict[str, int]:
 
 def drop_pruned(layers: Mapping[str, LowRankUpdate]) -> dict[str, int]:
     """:func:`compact` for these layers alone."""
-    for name, kept in live_singular_values(layers).items():
+    for name, kept in live_ranks(layers).items():
         layers[name].keep_singular_values(kept)
     return {name: layer.r for name, layer in layers.items()}
 
 
-def live_singular_values(layers: Mapping[str, LowRankUpdate]) -> dict[str, list[int]]:
-    """Module name -> indices of the singular values that are not 0; all indices if the whole model has only zeros."""
-    live = {
-        name: list(range(layer.r)) if layer.lora_E is None else layer.lora_E.nonzero().flatten().tolist()
-        for name, layer in layers.items()
-    }
-    if any(kept for name, kept in live.items() if layers[name].lora_E is not None):
-        return live
-    return {name: list(range(layer.r)) for name, layer in layers.items()}
+def live_singular_values(values: Mapping[str, Tensor]) -> dict[str, list[bool]]:
+    """For each tensor of singular values by name, which of them are live: not 0. If all of a model's are 0, as before
+    the training, none was pruned, and all are live."""
+    if not values:
+        return {}
+    flat = [value.detach().flatten() for value in values.values()]
+    live = torch.cat([each.to(flat[0].device) for each in flat]) != 0
+    flags = iter((live | ~live.any()).tolist())  # one wait for the device
+    return {name: [next(flags) for _ in each] for name, each in zip(values, flat, strict=True)}
 
 
-def mark_only_lora_as_trainable(model: nn.Module) -> None:
-    """Make the factors of all low-rank layers trainable, and freeze everything else. The name is that of Microsoft's
-    ``loralib``; :func:`loralib.inject` freezes the base by itself."""
-    model.requires_grad_(False)
-    for factor in factors_of(model):
-        factor.requires_grad_(True)
-
-
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The factors of all low-rank layers by their (first) name in the :func:`unwrapped` model. The name is that of
-    Microsoft's ``loralib``; :func:`loralib.save_adapter` writes a file, with the head."""
-    factors = set(map(id, factors_of(model)))
-    return {name: p.detach() for name, p in unwrapped(model).named_parameters() if id(p) in factors}
+def live_ranks(layers: Mapping[str, LowRankUpdate]) -> dict[str, list[int]]:
+    """Module name -> indices of the :func:`live_singular_values`; those of all ranks of plain LoRA."""
+    flags = live_singular_values({name: layer.lora_E for name, layer in layers.items() if layer.lora_E is not None})
+    return {n: [i for i in range(layer.r) if n not in flags or flags[n][i]] for n, layer in layers.items()}
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -63,22 +63,8 @@ class LowRankUpdate(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # in a LoRALayer the next class would be nn.Linear, which makes a weight
         self.in_features, self.out_features = in_features, out_features
-        self._add_factors(r, lora_alpha, lora_dropout, widths, init, device=device, dtype=dtype or torch.float32)
-
-    def _add_factors(
-        self,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        widths: Sequence[int],
-        init: str,
-        *,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
-    ) -> None:
-        """What ``__init__`` does after the sizes are set."""
         self.r = self.initial_r = r
         self.widths = tuple(widths)
         check_whole_number("r", r)
@@ -89,7 +75,7 @@ class LowRankUpdate(nn.Module):
         check_choice("init", init, INITS)
         self.lora_alpha, self.init = float(lora_alpha), init
         self.lora_dropout = nn.Dropout(float(lora_dropout))  # an adapter's configuration takes no NumPy number
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtype = torch.promote_types(dtype or torch.float32, torch.float32)
 
         def empty(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 import loralib
 from examples import decoder_lm, own_trainer, plain_loop, vision_transformer
-from loralib.stored_weight import stored_form
+from loralib.layers import stored_form
 from nlu import ROOT
 
 

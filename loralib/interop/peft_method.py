@@ -23,9 +23,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from loralib.injection import HOOKS, NEVER_CALLED, refuse_packed_batches
-from loralib.layers import merged_weight
+from loralib.layers import frozen_shape, is_conv1d, merged_weight
 from loralib.model import drop_pruned, lora_layers
-from loralib.stored_weight import frozen_shape, is_conv1d
 from loralib.update import INITS, LowRankUpdate
 
 NAME = "lora2"
@@ -142,8 +141,6 @@ class LinearWithLoRA2(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: LoRA2Config, rank: int | None) -> None:
         """Add an adapter with ``rank`` of its r singular values (None: all)."""
-        if rank not in (None, *range(config.r + 1)):
-            raise ValueError(f"rank_pattern: {rank} is not between 0 and r = {config.r}")
         adapter = LoRA2Adapter(self.get_base_layer(), config)
         if rank is not None:
             adapter.keep_singular_values(range(rank))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from loralib.injection import is_linear
-from loralib.layers import LoRALayer
-from loralib.stored_weight import stored_form
+from loralib.layers import LoRALayer, stored_form
 from loralib.update import LowRankUpdate
 
 

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from loralib.fingerprint import BEFORE_SHARDING, base_fingerprint
+from loralib.layers import stored_form
 from loralib.model import factors_of, head_tensors, unwrapped
-from loralib.stored_weight import stored_form
 
 
 def shard_frozen(model: nn.Module, device_type: str = "cpu") -> None:

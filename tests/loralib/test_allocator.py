@@ -148,9 +148,3 @@ def test_a_state_of_other_layers_or_settings_is_refused(shape, changes):
     state = allocator_of(model_to_prune(**shape), **changes).state_dict()
     with refused("".join(f"has {name} = {value}" for name, value in changes.items()) or "other layers"):
         allocator_of(model_to_prune()).load_state_dict(state)
-
-
-@pytest.mark.parametrize("changes", [{"target_rank": 5}, {"init_warmup": 32}, {"beta1": 1.0}, {"beta2": 40}])
-def test_invalid_settings_are_refused_by_name(changes):
-    with refused(next(iter(changes))):
-        allocator_of(model_to_prune(), **changes)

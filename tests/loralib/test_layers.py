@@ -210,7 +210,6 @@ def test_state_dict_of_a_merged_or_unmerged_model_loads_into_either(merged, sour
             loralib.merge_adapter(model)
     state = pickled(source.state_dict())
     assert all(torch.equal(state[name], before[name]) for name in before) and set(state) == set(before)
-    assert all(torch.equal(t, before[name]) for name, t in loralib.lora_state_dict(source).items())
     target.load_state_dict(state, assign=assign)
     torch.testing.assert_close(target(X), expected)
     loralib.merge_adapter(target)

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from accelerate import cpu_offload
-from accelerate.hooks import attach_execution_device_hook
 from peft import get_peft_model
 from torch import nn
 
@@ -43,16 +42,6 @@ def test_offloaded_model_is_refused(tmp_path):
     in_peft = get_peft_model(model, LoRA2Config(target_modules=["0", "2"]))
     with pytest.raises(RuntimeError, match="without offloading"):
         in_peft(X)
-
-
-def test_a_dispatched_model_is_adapted_in_peft():
-    """accelerate's hooks for a ``device_map`` stay on the base layers."""
-    models = network(), network()
-    attach_execution_device_hook(models[1], "cpu")
-    with refused("use LoRA² in peft", models[1]):
-        adapt(models[1])
-    outputs = [randomise(get_peft_model(m, LoRA2Config(target_modules=["0", "2"])))(X) for m in models]
-    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("kind", ["lora", "lora2"])

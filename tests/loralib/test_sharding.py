@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 import loralib
 from loralib.interop.precision import cast_frozen
 from loralib.interop.sharding import shard_frozen
-from loralib.stored_weight import stored_form
+from loralib.layers import stored_form
 from tests.loralib.small import INPUTS, Net, adapted, decoder, randomise, trainable
 from tests.nlu.tiny import SIZES
 
