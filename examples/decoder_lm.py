@@ -109,8 +109,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         batch = torch.stack([ids[start : start + 32] for start in starts])
         loss = model(input_ids=batch, labels=batch).loss
         (loss + low_rank.penalty()).backward()
-        low_rank.step(optimizer)
-        optimizer.zero_grad()
+        low_rank.step(optimizer)  # also clears the gradients
         losses.append(loss.item())
     print(f"loss {losses[0]:.2f} -> {losses[-1]:.2f}; {low_rank.ranks.live} singular values left")
 

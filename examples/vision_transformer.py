@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> float:
         rows = torch.randint(0, 1500, (32,))
         loss = model(pixel_values=images[rows], labels=labels[rows]).loss + low_rank.penalty()
         loss.backward()
-        low_rank.step(optimizer)
-        optimizer.zero_grad()
+        low_rank.step(optimizer)  # also clears the gradients
 
     model.eval()
     with torch.no_grad():

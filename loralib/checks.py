@@ -19,5 +19,5 @@ def check_whole_number(name: str, value: object, least: int = 1) -> None:
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raises unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if value not in list(choices):  # a dictionary refuses a list
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r:.80}")

@@ -6,23 +6,24 @@ A plain loop calls the model's optimiser through ``step``::
     ...
         loss = loss + low_rank.penalty()      # before backward()
         loss.backward()
-        low_rank.step(optimizer)              # in place of optimizer.step()
-        optimizer.zero_grad()
+        low_rank.step(optimizer)              # in place of optimizer.step() and optimizer.zero_grad()
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from loralib.allocator import RankAllocator, Ranks
-from loralib.model import factors_of, lora_layers
+from loralib.checks import check_number
+from loralib.model import lora_layers
 from loralib.orthogonality import compute_orth_regu
 
 
@@ -55,16 +56,6 @@ class Training(Protocol):
         """Restore a saved state. Raises ValueError if it belongs to another training."""
 
 
-class Constraint(Protocol):
-    """Keeps factors to a set of matrices; :class:`loralib.recipes.exact_factors.ExactFactors` is one."""
-
-    def start(self) -> None: ...  # before the first step
-
-    def before_step(self) -> None: ...  # changes the gradients
-
-    def after_step(self) -> None: ...  # changes the factors
-
-
 class LowRankTraining(Training):
     """What AdaLoRA and LoRA² add to a training loop.
 
@@ -72,7 +63,8 @@ class LowRankTraining(Training):
         model: has low-rank layers. The regulariser needs layers with singular values, pruning those of one rank.
         total_steps: optimiser steps of the whole training; may be given later to :meth:`start`.
         target_rank: average number of singular values that a layer keeps; without it nothing is pruned.
-        constraint: a :class:`Constraint`, in place of the regulariser.
+        constraint: the class :class:`loralib.recipes.exact_factors.ExactFactors`, or another that is made for a model
+            and has its three methods, in place of the regulariser.
         regu_weight: weight of the regulariser; 0 turns it off. Default: 0.1, or 0 with a constraint.
         terms, squared: as for :func:`loralib.compute_orth_regu`.
         pruning: init_warmup, final_warmup, mask_interval, beta1, beta2 and importance, as for
@@ -94,7 +86,7 @@ class LowRankTraining(Training):
         total_steps: int | None = None,
         *,
         target_rank: int | None = None,
-        constraint: Constraint | None = None,
+        constraint: Callable[[nn.Module], Any] | None = None,
         regu_weight: float | None = None,
         terms: str = "all",
         squared: bool = False,
@@ -102,8 +94,10 @@ class LowRankTraining(Training):
     ) -> None:
         if pruning and target_rank is None:
             raise ValueError(f"{next(iter(pruning))} has no meaning without target_rank: give that, or leave it out")
-        self.model, self.constraint, self.terms, self.squared = model, constraint, terms, squared
+        self.model, self.terms, self.squared = model, terms, squared
+        self.constraint = None if constraint is None else constraint(model)
         self.regu_weight = (0.1 if constraint is None else 0.0) if regu_weight is None else regu_weight
+        check_number("regu_weight", self.regu_weight, lambda weight: 0 <= weight < math.inf, "a number ≥ 0")
         self.target_rank, self._pruning = target_rank, pruning
         self.total_steps, self.steps_done = total_steps, 0
         self.allocator: RankAllocator | None = None
@@ -127,10 +121,11 @@ class LowRankTraining(Training):
         return compute_orth_regu(self.model, self.regu_weight, self.terms, self.squared)
 
     def step(self, optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
-        """One optimiser step: :func:`unscale`, :meth:`before_step`, ``optimizer.step()`` and :meth:`after_step`.
+        """One optimiser step: :func:`unscale`, :meth:`before_step`, ``optimizer.step()``, :meth:`after_step` and
+        ``optimizer.zero_grad()``, so that a second ``optimizer.step()`` finds no gradients and undoes no pruning.
 
-        Call it once the gradients are complete and clipped, and before they are cleared. Like ``optimizer.step()``, it
-        does nothing for an optimiser that accelerate has prepared while ``accelerator.accumulate`` gathers gradients.
+        Call it once the gradients are complete and clipped. Like ``optimizer.step()``, it does nothing for an optimiser
+        that accelerate has prepared while ``accelerator.accumulate`` gathers gradients.
 
         Args:
             scaler: a ``torch.amp.GradScaler``, whose ``step(optimizer)`` is then called; call its ``update()`` after.
@@ -144,14 +139,15 @@ class LowRankTraining(Training):
         else:
             scaler.step(optimizer)
         self.after_step()
+        optimizer.zero_grad()
 
     def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
         """Called by :meth:`step`, or by a loop that steps its optimisers itself.
 
         Raises:
-            ValueError: if the optimisers lack trainable factors, see :func:`check_optimizers`.
+            ValueError: if the optimisers lack trainable parameters, see :func:`check_optimizers`.
         """
-        check_optimizers(optimizers, factors_of(self.model))
+        check_optimizers(optimizers, self.model)
         if self.constraint is not None:
             if self.steps_done == 0:
                 self.constraint.start()
@@ -200,11 +196,9 @@ class LowRankTraining(Training):
 
     def state_dict(self) -> dict[str, Any]:
         allocator = None if self.allocator is None else self.allocator.state_dict()
-        return {"step": self.steps_done, "total_steps": self.total_steps, "allocator": allocator}
+        return {"step": self.steps_done, "allocator": allocator}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.total_steps is None and state["total_steps"] is not None:
-            self.start(state["total_steps"])
         if (state["allocator"] is None) != (self.allocator is None):
             raise ValueError("only one of the two trainings prunes: give the same target_rank and total_steps")
         if self.allocator is not None:
@@ -227,14 +221,15 @@ def unscale(optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
             scaler.unscale_(optimizer)
 
 
-def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], factors: Iterable[nn.Parameter]) -> None:
-    """Raises ValueError if the optimisers lack trainable factors, which would never change: they were created before
-    ``inject()`` or ``compact()``, or for another model."""
+def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> None:
+    """Raises ValueError if the optimisers lack a parameter of ``model`` that requires a gradient: it would never
+    change. They were made before ``inject()``, ``compact()`` or the unfreezing of the head, or for another model."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = {id(parameter) for group in groups for parameter in group["params"]}
-    if any(factor.requires_grad and id(factor) not in held for factor in factors):
-        raise ValueError(
-            "the optimiser lacks low-rank factors that train: make it after the model has them (and after compact()), "
-            "for the model whose training this is (in a Trainer: model=, not model_init=); if several optimisers hold "
-            "them, call before_step() with all of them, and after_step()"
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in held:
+            raise ValueError(
+                f"the optimiser lacks {name}, which would never train: make it after inject(), compact() and the "
+                "unfreezing of the head, for the model whose training this is (in a Trainer: model=, not model_init=); "
+                "if several optimisers hold its parameters, call before_step() with all of them, and after_step()"
+            )

@@ -9,7 +9,6 @@ AdaLoRA to an ordinary LoRA.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
 from loralib.allocator import Ranks
+from loralib.pruning_schedule import BudgetSchedule
 from loralib.training import Training, check_optimizers
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names
@@ -43,22 +43,18 @@ class AdaLoraTraining(Training):
 
     def __init__(self, model: nn.Module) -> None:
         tuner: Any = model.base_model if isinstance(model, PeftModel) else model
-        tuner.__class__ = _Unregularised
         self.tuner, self.adapter = tuner, tuner.trainable_adapter_name
         self.config = tuner.peft_config[self.adapter]
         tuner.rankallocator = RankAllocator(tuner.model, self.config, self.adapter)  # for the ranks as loaded
         self.layers = {name: module for name, module in tuner.model.named_modules()
                        if isinstance(module, AdaLoraLayer) and self.adapter in module.lora_E}  # fmt: skip
         self.steps_done = 0
+        tuner.__class__ = _Unregularised  # last: a model of another kind has raised AttributeError, and is unchanged
 
     def start(self, total_steps: int) -> None:
-        """Begin a training of ``total_steps`` optimiser steps. peft raises ValueError unless tinit + tfinal is less."""
-        replace(self.config, total_step=total_steps)  # peft checks only new configurations
+        """Begin a training of ``total_steps`` optimiser steps. Raises ValueError unless tinit + tfinal is less."""
+        BudgetSchedule(total_steps, self.config.tinit, self.config.tfinal)  # peft checks only new configurations
         self.config.total_step, self.steps_done = total_steps, 0
-
-    def _factors(self) -> list[nn.Parameter]:
-        sides = ((layer.lora_A, layer.lora_E, layer.lora_B) for layer in self.layers.values())
-        return [factors[self.adapter] for side in sides for factors in side]
 
     def penalty(self) -> Tensor:
         """orth_reg_weight × the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all layers."""
@@ -70,14 +66,15 @@ class AdaLoraTraining(Training):
 
     def before_step(self, *optimizers: torch.optim.Optimizer) -> None:
         """Raises ValueError as :func:`loralib.training.check_optimizers`."""
-        check_optimizers(optimizers, self._factors())
+        check_optimizers(optimizers, self.tuner.model)
 
     def after_step(self) -> None:
         """Calls peft's allocator, as peft documents it."""
         self.steps_done += 1
-        for factor in self._factors():
-            if factor.grad is None:  # the step did not use this module
-                factor.grad = torch.zeros_like(factor)
+        for layer in self.layers.values():
+            for factor in (each[self.adapter] for each in (layer.lora_A, layer.lora_E, layer.lora_B)):
+                if factor.grad is None:  # the step did not use this module
+                    factor.grad = torch.zeros_like(factor)
         allocator = self.tuner.rankallocator
         if allocator.target_bgt < allocator.init_bgt:  # else peft raises (its issue 2337)
             self.tuner.update_and_allocate(self.steps_done)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loralib.adapter_folder import AdapterConfig, has_tokenizer
+from loralib.adapter_folder import AdapterConfig, has_tokenizer, name_on_hub
 
 
 @contextmanager
@@ -56,6 +56,8 @@ def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
             return model.eval()
         except Exception as error:  # a damaged file can raise any kind of exception
             reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if not Path(source).exists() and name_on_hub(source) != source:
+                reason = "there is no such folder"
             raise ValueError(f"--base {source} cannot be loaded: {reason}") from None
 
 

@@ -34,9 +34,9 @@ ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonor
 class ExactFactors:
     """Keeps all trainable factors orthonormal along their smaller side. Call :meth:`start` if you unfreeze some later.
 
-    Give it to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one batched
-    product, and a factor that layers share is handled once. A frozen factor is left alone, whether or not its layer's e
-    is trainable.
+    Give the class to :class:`loralib.LowRankTraining` as its ``constraint``. Factors of one shape are handled in one
+    batched product, and a factor that layers share is handled once. A frozen factor is left alone, whether or not its
+    layer's e is trainable.
 
     Args:
         model: has layers with singular values (AdaLoRA, LoRA², multi-scale); :func:`make_orthonormal` is called for
@@ -95,8 +95,9 @@ def make_orthonormal(model: nn.Module) -> None:
     In a layer with e = 0, the factors are replaced by the nearest orthonormal ones.
 
     Raises:
-        ValueError: for a model without such factors, and if a layer with ΔW ≠ 0 has factors that are not orthonormal
-            (as after pruning), which cannot be replaced without changing ΔW. The model is unchanged then.
+        ValueError: for a model without such factors, or with factors in half precision; and if a layer with ΔW ≠ 0 has
+            factors that are not orthonormal (as after pruning), which cannot be replaced without changing ΔW. The model
+            is unchanged then.
     """
     trained = [factor for factor in svd_factors(model) if factor.requires_grad]
     if not trained:
@@ -104,6 +105,8 @@ def make_orthonormal(model: nn.Module) -> None:
             "no factor of a layer with singular values (AdaLoRA, LoRA²) is trainable: inject such layers, "
             "and let their factors train"
         )
+    if any(factor.dtype.itemsize < 4 for factor in trained):
+        raise ValueError("factors in half precision cannot be orthonormal: cast_frozen() keeps them in float32")
     if trained[0].is_meta:  # the model is only counted: there are no contents
         return
     pairs = zip(trained, deviations(trained).tolist(), strict=True)

@@ -200,7 +200,7 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
     if args.method != "lora":
         options = {"regu_weight": args.reg_orth_coef, "terms": args.orth_terms, "squared": args.orth_squared}
         if args.orthogonality == "retraction":
-            options["constraint"] = ExactFactors(model)
+            options["constraint"] = ExactFactors
         if args.rank_allocation and total_steps:
             options |= {flag.name: getattr(args, flag.name) for flag in PRUNING_FLAGS}
             options["total_steps"] = total_steps

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 
-from loralib.interop.export import main
+from loralib.export import main
 from loralib.interop.peft_adalora import AdaLoraTraining
 from tests.loralib.small import LowRankTrainer, encoder, trainable, training_arguments
 
@@ -90,10 +90,16 @@ def test_resume_from_a_checkpoint_gives_the_same_logits_and_ranks(tmp_path):
         assert torch.equal(logits(resumed), logits(whole)) and ranks(resumed) == ranks(whole), step
 
 
-def test_training_of_another_model_and_a_resume_with_other_steps_are_refused(tmp_path):
+def test_training_of_another_model_and_too_few_or_other_steps_are_refused():
+    kind = type(other := get_peft_model(encoder(), LoraConfig(target_modules=["query"])).base_model)
+    with pytest.raises(AttributeError):
+        AdaLoraTraining(other)
+    assert type(other) is kind
     training = AdaLoraTraining(adalora())
     with pytest.raises(ValueError, match="optimiser lacks"):
         training.before_step(torch.optim.SGD(trainable(adalora()), lr=1.0))
+    with pytest.raises(ValueError, match=r"1 \+ 3 = 4 leaves no step to prune in: the training has 4"):
+        training.start(4)
     training.start(8)
     longer = AdaLoraTraining(adalora())
     longer.start(16)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import loralib
-from loralib.interop.export import main
+from loralib.export import main
 from loralib.interop.peft_method import LORA2, LoRA2Config
 from tests.loralib.small import INPUTS, Net, encoder, gpt2, randomise, refused, trainable
 
@@ -195,6 +195,8 @@ def test_functions_that_peft_replaces_are_refused(tmp_path):
     for call in (save, loralib.compact, loralib.merge_adapter, loralib.unmerge_adapter):
         with refused("use the PeftModel's methods", model):
             call(model)
+    with refused("would freeze peft's adapters", model):
+        loralib.inject(model, "lora2", ["classifier"])
 
 
 def test_adapter_names_per_row_and_a_projection_that_is_never_called_are_refused():
@@ -249,10 +251,8 @@ def test_transformer_encoder_takes_a_padding_mask_in_evaluation():
         torch.testing.assert_close(model.eval()(x, src_key_padding_mask=mask)[~mask], expected[~mask])
 
 
-@pytest.mark.parametrize("options, says", [
-    ({"rank_pattern": {"q": -1}}, "rank_pattern"), ({"rank_pattern": {"q": 4}}, "rank_pattern"),
-    ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
-])  # fmt: skip
-def test_patterns_that_fit_neither_the_rank_nor_other_settings_are_refused(options, says):
-    with refused(says):
-        net(**options)
+def test_settings_that_peft_would_ignore_are_refused():
+    with refused("layers_pattern needs layers_to_transform"):
+        net(layers_pattern="layers")
+    with refused("needs a list of target_modules"):
+        LoRA2Config(target_modules="q", layers_to_transform=1)
