@@ -1,5 +1,4 @@
-"""Compare methods on one task: train each with the same seeds, and write a table, an answer and figures.
-(For several tasks write an experiment file for nlu/sweep.py.)
+"""Compare methods on one task: train each with the same seeds, and write a page with the answer, a table and figures.
 
     python nlu/compare.py --task_name rte --glue_dir DIR --model_name_or_path DIR --methods lora2,lora,adalora --tune
     python nlu/compare.py --train_file train.csv --validation_file dev.csv --model_name_or_path DIR \\
@@ -24,7 +23,7 @@ from nlu.arguments import positive_int
 from nlu.command_line import method_file, read_flags
 from nlu.errors import OneLineParser, UsageError, program
 from nlu.experiments.experiment import Experiment, make_experiment
-from nlu.experiments.fairness import planned_scales, unlike_scales
+from nlu.experiments.fairness import unlike_scales
 from nlu.experiments.launcher import RUN_GLUE, Launcher
 from nlu.experiments.names import settings_of
 from nlu.experiments.sweep_loop import Ran, Sweep
@@ -53,13 +52,12 @@ def main(words: Sequence[str]) -> int:
     parsed = [run.parse() for run in experiment.runs if run.axes["seed"] == 1]
     # These imports take seconds, so a command with an error is refused before them.
     from nlu.data.splits import load_data
-    from nlu.experiments.page import write_comparison
-    from nlu.experiments.tuning import Tuning, tune_and_run
+    from nlu.experiments.page import write_report
+    from nlu.experiments.tuning import tune_and_run, tuning_runs
 
-    tuning = Tuning(experiment) if experiment.tune else None
-    for arguments in [parsed[0], *(run.parse() for run in (tuning.runs(tuning.grids)[:1] if tuning else ()))]:
+    for arguments in [parsed[0], *(run.parse() for run in tuning_runs(experiment)[:1])]:
         load_data(arguments)  # an error in the data shows now, not in every run
-    for warning in unlike_scales(planned_scales(experiment.runs)):
+    for warning in unlike_scales(experiment.runs):
         print(f"warning: {warning}", file=sys.stderr)
     launcher = Launcher(args.jobs, use_cpu=parsed[0].use_cpu)
     print(f"devices: {launcher}")
@@ -68,12 +66,9 @@ def main(words: Sequence[str]) -> int:
     def run_all(part: Experiment) -> Ran:
         return Sweep(part, measured, args.output_dir, RUN_GLUE).run(launcher, args.rerun_changed)
 
-    code, sentences = tune_and_run(experiment, run_all)
-    if code > 1:  # stopped
-        return code
-    notes = [f"Tuning: {sentence}" for sentence in sentences]
-    folder = args.output_dir / experiment.name
-    write_comparison(measured, experiment, folder, labels.get(args.reference), notes)
+    code = tune_and_run(experiment, run_all)
+    if code <= 1:  # not stopped
+        print(f"\n{write_report(measured, args.output_dir / experiment.name, experiment, labels.get(args.reference))}")
     return code
 
 
@@ -86,6 +81,8 @@ def own_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
+    add("--task_name", nargs="+", action="extend", default=[], metavar="TASK",
+        help="GLUE's task (for several: an experiment file for nlu/sweep.py)")  # fmt: skip
     add("--reference", metavar="NAME",
         help="the one of --methods that the others are compared with (LoRA, else the first)")  # fmt: skip
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
@@ -96,7 +93,7 @@ def own_parser() -> argparse.ArgumentParser:
     add("--name", help="name of the comparison (default: compare-TASK, or compare-FILE for your own data)")
     add("--jobs", type=positive_int, metavar="N",
         help="runs at once (default: one for each device, or one); sharing a device, step times vary more")  # fmt: skip
-    add("--output_dir", type=Path, default=Path("output"), help="runs, table, figures go to OUTPUT_DIR/NAME/ (output)")
+    add("--output_dir", type=Path, default=Path("output"), help="runs and report.md go to OUTPUT_DIR/NAME/ (output)")
     add("--rerun_changed", action="store_true", help="repeat the runs made with other arguments or contents")
     return parser
 
@@ -121,6 +118,10 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     specs = {spec: _spec(spec) for spec in split_methods(args.methods)}
     if args.reference not in (None, *specs):
         raise UsageError(f"--reference {args.reference} is none of --methods: {', '.join(specs)}")
+    if args.task_name:
+        flags = flags | {"task_name": ",".join(args.task_name)}
+    if "," in flags.get("task_name", ""):
+        raise UsageError("compare.py takes one --task_name: for several, write an experiment file for nlu/sweep.py")
     data = flags.get("task_name") or re.sub("[^A-Za-z0-9_.-]+", "_", Path(flags.get("train_file", "own")).stem)
     name = args.name or f"compare-{data}"
     usual = {"do_train": True, "do_eval": True}

@@ -1,6 +1,6 @@
 """Make a page of your measured runs: each experiment has its answer, a table and a figure.
 
-    python nlu/report.py                                       # output/measured → output/README.md, tables/, figures/
+    python nlu/report.py                                       # output/measured → output/report.md, tables/, figures/
     python nlu/report.py --measured_dir DIR --output_dir DIR
 
 It reads MEASURED_DIR/*.jsonl, which runs and sweeps write, one file an experiment. The same lines and versions give the

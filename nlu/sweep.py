@@ -30,7 +30,7 @@ from nlu.arguments import positive_int
 from nlu.data.glue import required_files
 from nlu.errors import OneLineParser, UsageError, program, reason
 from nlu.experiments.experiment import Experiment, Run, load_experiment
-from nlu.experiments.fairness import planned_scales, unlike_scales
+from nlu.experiments.fairness import unlike_scales
 from nlu.experiments.launcher import RUN_GLUE, Launcher
 from nlu.experiments.lines import read_lines
 from nlu.experiments.sweep_loop import Ran, Sweep
@@ -55,8 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rerun_changed", action="store_true",
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
     add("--command", type=shlex.split, default=RUN_GLUE,
-        help="what starts one run, such as 'torchrun --standalone --nproc_per_node 2 nlu/run_glue.py'; run_glue.py's "
-        "flags are appended")  # fmt: skip
+        help="what starts one run, such as 'python scripts/launch.py torch.distributed.run --standalone "
+        "--nproc_per_node 2 nlu/run_glue.py'; run_glue.py's flags are appended")  # fmt: skip
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (output)")
     return parser
@@ -77,7 +77,7 @@ def main(words: Sequence[str]) -> int:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
     check(experiment.runs)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
-    for warning in unlike_scales(planned_scales(experiment.runs)):
+    for warning in unlike_scales(experiment.runs):
         print(f"warning: {warning}", file=sys.stderr)
     launcher = Launcher(args.jobs, args.gpus_per_run, all(run.arguments.get("use_cpu") for run in experiment.runs))
     print(f"devices: {launcher}")
@@ -86,7 +86,7 @@ def main(words: Sequence[str]) -> int:
         return 0
     from nlu.experiments.tuning import tune_and_run  # takes seconds
 
-    return tune_and_run(experiment, lambda part: _sweep(args, part).run(launcher, args.rerun_changed))[0]
+    return tune_and_run(experiment, lambda part: _sweep(args, part).run(launcher, args.rerun_changed))
 
 
 def _sweep(args: argparse.Namespace, experiment: Experiment) -> Sweep:
@@ -95,26 +95,24 @@ def _sweep(args: argparse.Namespace, experiment: Experiment) -> Sweep:
 
 def _show(args: argparse.Namespace, experiment: Experiment) -> None:
     """Print the state and the command of each run, and what all of them cost; runs without a rate yet wait for it."""
-    from nlu.experiments.cost import cost_lines
-    from nlu.experiments.tuning import Tuning
+    from nlu.experiments.cost import cost_table
+    from nlu.experiments.tuning import choose, tuning_runs
 
     texts: dict[str, str] = {}
 
     def show(part: Experiment) -> Ran:
         sweep = _sweep(args, part)
         states = sweep.states()
-        for run in part.runs:
+        for run in sweep.runs:
             texts[run.name] = f"{states[run.name]:<10}{run.name}\n    {shlex.join(sweep.command_line(run))}"
         return 0, read_lines(sweep.measured)
 
-    tried, finals = [], experiment
-    if any(run.rates for run in experiment.runs):
-        tuning = Tuning(experiment)
-        tried, finals = tuning.runs(tuning.grids), tuning.finals(tuning.find(show))
+    _, finals, _ = choose(experiment, show)
     show(finals)
-    for run in finals.waiting:
-        texts[run.name] = f"{'waits':<10}{run.name}\n    until its tuning has chosen a learning rate"
-    print("\n".join([*texts.values(), *cost_lines(tried, experiment.runs, args.gpus_per_run)]))
+    for run in finals.runs:
+        if run.rates:
+            texts[run.name] = f"{'waits':<10}{run.name}\n    until its tuning has chosen a learning rate"
+    print("\n".join([*texts.values(), cost_table(tuning_runs(experiment), experiment.runs, args.gpus_per_run)]))
 
 
 def check(runs: list[Run]) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from nlu.data.batching import effective_batch_size, planned_steps
 from nlu.data.glue import split_files
 from nlu.experiments.experiment import Run
 from nlu.experiments.names import row_of
 from nlu.tasks import TASKS
 
 
-def cost_lines(tuning: list[Run], finals: list[Run], processes: int = 1) -> list[str]:
+def cost_table(tuning: list[Run], finals: list[Run], processes: int = 1) -> str:
     """A table: for each row and in total the runs, their optimiser steps and training rows, and the learning rate.
 
     Steps that follow from epochs are about right: a file's lines are counted as rows. Early stopping may save some.
@@ -22,23 +24,19 @@ def cost_lines(tuning: list[Run], finals: list[Run], processes: int = 1) -> list
         tuning: the runs of the tuning, without those that may extend its grid. finals: those of the experiment.
         processes: those of one run.
     """
-    cells: dict[str, list[int]] = {}
     known: dict[str, tuple[int, int]] = {}
+    costs = []
     for run in [*tuning, *finals]:
         key = str(run.arguments | {"seed": None, "learning_rate": None})
         if key not in known:
             known[key] = steps_and_rows(run.parse(), processes)
-        for row in (row_of(run.label), "in total"):
-            cell = cells.setdefault(row, [0, 0, 0])
-            cells[row] = [cell[0] + 1, cell[1] + known[key][0], cell[2] + known[key][1]]
-    cells["in total"] = cells.pop("in total")  # the last line
-    width = max(map(len, cells))
-    lines = [f"{'row':<{width}}  {'runs':>6}  {'steps':>9}  {'rows':>11}  learning rate"]
-    for row, (runs, steps, rows) in cells.items():
-        texts = f"{steps:,}", f"{rows:,}"
-        rate = ", ".join(dict.fromkeys(_rates([final for final in finals if final.label == row])))
-        lines.append(f"{row:<{width}}  {runs:>6,}  {texts[0]:>9}  {texts[1]:>11}  {rate}".rstrip())
-    return lines
+        costs.append((row_of(run.label), 1, *known[key]))
+    table = pd.DataFrame(costs, columns=["row", "runs", "steps", "rows"]).groupby("row", sort=False).sum()
+    table.loc["in total"] = table.sum()
+    rates = [
+        ", ".join(dict.fromkeys(_rates([run for run in finals if row_of(run.label) == row]))) for row in table.index
+    ]
+    return table.assign(**{"learning rate": rates}).to_markdown(tablefmt="plain", intfmt=",")
 
 
 def _rates(runs: list[Run]) -> Iterator[str]:
@@ -54,24 +52,20 @@ def _rates(runs: list[Run]) -> Iterator[str]:
 
 def steps_and_rows(arguments: Any, processes: int) -> tuple[int, int]:
     """Optimiser steps of a run, and the training rows that it sees."""
-    if not arguments.do_train:
-        return 0, 0
-    parts = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps, processes
-    batch = arguments.total_batch_size or math.prod(parts)
-    if arguments.max_steps > 0:
-        return arguments.max_steps, arguments.max_steps * batch
-    task = TASKS.get(arguments.task_name)
-    if task is None:
-        rows = rows_of(Path(arguments.train_file))
-    elif arguments.glue_dir:
-        splits = [split_files(task, split, arguments.glue_dir) for split in task.train_splits]
-        rows = sum(rows_of(file) for files in splits for file in files)
-    else:
-        rows = task.train_rows
-    rows = round(rows * (1 - (arguments.holdout_fraction or 0)))
-    of_epoch = math.ceil(min(rows, arguments.max_train_samples or rows) / batch)
-    steps = math.ceil(arguments.num_train_epochs * of_epoch)
-    return steps, steps * batch
+    if not arguments.total_batch_size:  # those of all processes
+        arguments.world_size = processes
+    task, rows = TASKS.get(arguments.task_name), 0
+    if arguments.do_train and arguments.max_steps <= 0:
+        if task is None:
+            rows = rows_of(Path(arguments.train_file))
+        elif arguments.glue_dir:
+            splits = [split_files(task, split, arguments.glue_dir) for split in task.train_splits]
+            rows = sum(rows_of(file) for files in splits for file in files)
+        else:
+            rows = task.train_rows
+        rows = round(rows * (1 - (arguments.holdout_fraction or 0)))
+    steps = planned_steps(arguments, min(rows, arguments.max_train_samples or rows))
+    return steps, steps * effective_batch_size(arguments)
 
 
 def rows_of(file: Path) -> int:

@@ -17,10 +17,12 @@ tune:                                   # optional: first choose learning rates 
   learning_rate: [1.0e-4, 2.0e-4, 4.0e-4]           # to try; or a mapping: labels of the grid to such lists, and rows
                                                     # without one keep their rate
   one_rate_for: row                                 # one rate for all tasks; or row_and_task: one for each task
-  share_of_steps: 0.5                               # length of a tuning run, of a final run's; warm-ups shrink with it
+  share_of_steps: 0.5                               # length of a tuning run, of a final run's; warm-ups shrink with
+                                                    # max_steps or schedule_steps
   holdout_fraction: 0.1
   seeds: [101]
-  extend: 0                                         # rates to add to a row while its best one is an end of those tried
+  extend: 0                                         # how often to widen the rates of a row: beyond its best, if that
+                                                    # is an end, or beyond both ends, if no run has learned
 
 Axes that set task_name or train_file are the tasks, and all others but the seed make the rows of the tables. Runs
 evaluate, and train unless `base` says otherwise. The values above for the last five keys of `tune` are the defaults.
@@ -38,8 +40,9 @@ from typing import Any
 from nlu.arguments import Arguments
 from nlu.command_line import as_words, parse_arguments
 from nlu.errors import UsageError, reason
-from nlu.experiments.names import label_of, run_name, task_of
+from nlu.experiments.names import label_of, row_of, run_name, task_of
 from nlu.json_yaml import read_yaml
+from nlu.tasks import HEADINGS
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Run:
     task: str  # its task in the tables
     axes: dict[str, Any]  # grid axis → label
     arguments: dict[str, Any]
-    rates: tuple[float, ...] = ()  # the learning rates that the tuning tries; none: the run keeps its own
+    rates: tuple[float, ...] = ()  # the learning rates to try; none: it has its rate
 
     @property
     def flags(self) -> list[str]:
@@ -99,17 +102,22 @@ class Tune:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A checked experiment. Until its rates are chosen, the runs that are tuned have the first of those to try.
-
-    Attributes:
-        waiting: further runs, for which their tuning has not given a rate.
-    """
+    """A checked experiment. Runs with `rates` wait for the tuning to choose one; until then they have the first."""
 
     name: str
     runs: list[Run]
     description: str = ""
     tune: Tune | None = None
-    waiting: Sequence[Run] = ()
+
+    def row(self, run: Run) -> str:
+        """What gets one learning rate, for the run or the runs that try rates: its row, or its row on its task."""
+        row, per_task = row_of(run.label), self.tune is not None and self.tune.one_rate_for == "row_and_task"
+        return f"{row} on {HEADINGS.get(run.task, run.task)}" if per_task else row
+
+    @property
+    def plan(self) -> dict[str, str]:
+        """Name of a run → its :meth:`row`."""
+        return {run.name: self.row(run) for run in self.runs}
 
 
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
@@ -146,11 +154,15 @@ def make_experiment(
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise UsageError(f"the name {name} must be a word of letters, digits, _ . and - (it becomes a folder)")
-    choices = {axis: _choices(axis, labels) for axis, labels in grid.items()}
+    settings, choices = settings or {}, {axis: _choices(axis, labels) for axis, labels in grid.items()}
     tasks = {axis for axis in choices if any({"task_name", "train_file"} & {*each} for each in choices[axis].values())}
     rows = [axis for axis in choices if axis not in tasks | {"seed"}]
     tuning = None if tune is None else Tune(**tune)
-    runs = []
+    of_grid = {flag: axis for axis, labels in choices.items() for own in labels.values() for flag in own}
+    overridden = {flag for rule in overrides or [] for flag in rule.get("set") or {} if flag in choices}
+    if twice := sorted(({*settings} | overridden) & {*of_grid}):
+        raise UsageError(f"{twice[0]} is set by grid.{of_grid[twice[0]]}; do not set it elsewhere too")
+    runs: list[Run] = []
     for labels in itertools.product(*choices.values()):
         axes = dict(zip(choices, labels, strict=True))
         if any(_matches(when, axes, choices) for when in exclude or []):
@@ -158,13 +170,9 @@ def make_experiment(
         arguments = {"do_train": True, "do_eval": True} | (base or {}) | _of_labels(axes, choices)
         for rule in overrides or []:
             arguments |= _override(axes, choices, **rule)
-        rates = tuning.rates(axes, choices) if tuning else ()
-        for axis, labels in grid.items():
-            if isinstance(labels, dict) and (own := {*choices[axis][axes[axis]]} & {*(settings or {})}):
-                raise UsageError(f"{min(own)} is set by grid.{axis} {axes[axis]}; do not set it elsewhere too")
-        arguments |= settings or {}
-        if rates:
-            if "learning_rate" in {*choices, *(settings or {})} or arguments.get("holdout_fraction"):
+        arguments |= settings
+        if rates := tuning.rates(axes, choices) if tuning else ():
+            if "learning_rate" in {*choices, *settings} or arguments.get("holdout_fraction"):
                 raise UsageError("tune sets learning_rate and holdout_fraction itself: leave them out elsewhere")
             arguments |= {"learning_rate": rates[0]}
         for flag in ("method", "seed"):  # a default is no label
@@ -175,7 +183,7 @@ def make_experiment(
         label = label_of({axis: axes[axis] for axis in rows}, arguments["method"])
         data = {} if "train_file" in axes else {axis: axes[axis] for axis in sorted(tasks)}
         runs.append(Run(run_name(axes), label, task_of(arguments, data), axes, arguments, rates))
-    _check(runs, [axis for axis, labels in grid.items() if isinstance(labels, list)])
+    _check_folders(runs)
     return Experiment(name, runs, description, tuning)
 
 
@@ -213,20 +221,12 @@ def _matches(when: dict[str, Any], axes: dict[str, Any], choices: dict[str, dict
     return all(axes[axis] in labels for axis, labels in wanted.items())
 
 
-def _check(runs: list[Run], flags: list[str]) -> None:
-    """Refuse runs with a misleading name, or in one folder.
-
-    Args:
-        flags: the axes that are flags; their values are part of the runs' names.
-    """
+def _check_folders(runs: list[Run]) -> None:
+    """Raises UsageError if there is no run, or two would share a folder."""
     if not runs:
         raise UsageError("no run is left: the grid has an axis without values, or exclude removes every combination")
     seen = {"", "logs"}
-    for run in runs:
-        for flag in flags:
-            if run.arguments.get(flag) != run.axes[flag]:
-                raise UsageError(f"{run.name}: {flag} is an axis of the grid; do not set it elsewhere too")
-        folder = run.name.lower()  # some file systems ignore case
+    for folder in (run.name.lower() for run in runs):  # some file systems ignore case
         if folder in seen or folder.startswith("."):
             raise UsageError(
                 f"two runs would share the folder {folder!r}, or the sweep needs it: give the axes labels that differ "

@@ -68,11 +68,11 @@ def draw(every: pd.DataFrame, scores: pd.DataFrame, tuning: pd.DataFrame, styles
 
     Args:
         every: all runs of an experiment. scores: theirs, see `tables.score_frame`.
-        tuning: the runs that tried learning rates, see `tuning.tuning_runs`.
+        tuning: the runs that tried learning rates, see `tuning.tried_rates`.
         styles: see :func:`styles_of`; rows that it lacks get further ones.
     """
     final = finished(every)
-    styles = styles_of([*styles, *tuning.row, *final.label]) if len(tuning) else styles_of([*styles, *final.label])
+    styles = styles_of([*styles, *tuning.row, *final.label])
     with matplotlib.rc_context(STYLE):
         drawn = [_rates(tuning, styles)]
         if len(final) and not (len(tuning) and every.held_out.all()):  # then each run only tries a learning rate

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
-from collections import Counter
+import threading
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Launcher:
     Attributes:
         jobs: runs at once; by default one for each group of devices, and one without devices.
         groups: values of the environment variable that names a run's devices.
+        taken: the group of each run that goes.
     """
 
     def __init__(self, jobs: int | None = None, gpus_per_run: int = 1, use_cpu: bool = False) -> None:
@@ -33,7 +35,8 @@ class Launcher:
         starts = range(0, len(devices) - gpus_per_run + 1, gpus_per_run)
         self.groups = [",".join(devices[start : start + gpus_per_run]) for start in starts]
         self.jobs = jobs or max(1, len(self.groups))
-        self.held: list[tuple[str, Job | EarlierJob]] = []  # a group, and a job that has it
+        self.taken: list[str] = []
+        self._choosing = threading.Lock()
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cores() // (self.jobs * gpus_per_run)))
         self.environment = os.environ | {"OMP_NUM_THREADS": threads}  # MKL and OpenBLAS read it too
 
@@ -44,64 +47,41 @@ class Launcher:
         shared = f"; {self.jobs} runs at once share them" if self.jobs > len(self.groups) else ""
         return f"{self.variable}={' or '.join(self.groups)} for a run{shared}"
 
-    def start(self, command: list[str], log: Path) -> Job:
-        """Start a command on the devices that the fewest jobs have; its output is appended to the log.
+    @contextlib.contextmanager
+    def devices(self, group: str = "") -> Iterator[str]:
+        """A block in which a run has this group of devices, or by default the one that the fewest runs have."""
+        with self._choosing:
+            group = group or min(self.groups, key=self.taken.count, default="")
+            self.taken.append(group)
+        try:
+            yield group
+        finally:
+            self.taken.remove(group)
+
+    def start(self, command: list[str], log: Path, group: str) -> subprocess.Popen:
+        """Start a command on a group of devices; its output is appended to the log.
 
         Raises:
             OSError: the command cannot be run at all.
         """
-        group = self._free_group()
-        environment = self.environment | ({self.variable: group} if group else {})
         with open(log, "ab") as output:
             if group:
                 output.write(f"{ON}{self.variable}={group}\n".encode())
                 output.flush()
-            job = Job(
+            return subprocess.Popen(
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env=self.environment | ({self.variable: group} if group else {}),
                 start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on once
             )
-        self.held.append((group, job))
-        return job
-
-    def adopt(self, lock: Path, log: Path) -> EarlierJob:
-        """The job of a run that an earlier sweep started and that still goes. It keeps its devices."""
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        group = next((line.rpartition("=")[2] for line in reversed(lines) if line.startswith(ON)), "")
-        self.held.append((group, EarlierJob(lock)))
-        return self.held[-1][1]
-
-    def _free_group(self) -> str:
-        self.held = [(group, job) for group, job in self.held if job.poll() is None]
-        used = Counter(group for group, _ in self.held)
-        return min(self.groups, key=lambda group: used[group], default="")
 
 
-class Job(subprocess.Popen):
-    """A process and its children; `poll` returns its exit code, or None while it runs."""
-
-    def stop(self, at_once: bool = False) -> None:
-        """Ask the process to save and end, or kill it at once."""
-        if self.poll() is None:
-            os.killpg(self.pid, signal.SIGKILL if at_once else signal.SIGTERM)
-
-
-class EarlierJob:
-    """A run that another process started: it goes as long as the lock of its folder is held."""
-
-    def __init__(self, lock: Path) -> None:
-        self.lock, self.left = lock, False
-
-    def poll(self) -> int | None:
-        """None while it goes; then 0, whatever its end was."""
-        return 0 if self.left or not is_held(self.lock) else None
-
-    def stop(self, at_once: bool = False) -> None:
-        """Leave it alone: it is not this sweep's."""
-        self.left = True
+def group_in(log: Path) -> str:
+    """The devices of the last run that wrote a log; empty if it had none."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    return next((line.rpartition("=")[2] for line in reversed(lines) if line.startswith(ON)), "")
 
 
 def available_cores() -> int:

@@ -8,15 +8,15 @@ versions, the commit, the processor and the digests of what the run read. The fu
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from loralib.files import locked, write_json, write_text
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError, one_line
-from nlu.experiments.experiment import Experiment, Run
-from nlu.experiments.names import label_of, portable, task_of
+from nlu.experiments.experiment import Run
+from nlu.experiments.names import label_of, portable, row_of, task_of
 from nlu.json_yaml import read_json
 from nlu.runs.identity import PLACES
 
@@ -27,11 +27,13 @@ COPIED = (
     "versions", "machine", "git_commit", "module_ranks", "digests", "constant_loss", "rate_sum",
 )  # fmt: skip
 
-_FIELDS = {"run": str, "status": str, "label": str, "axes": dict, "arguments": dict}  # of every line
+_FIELDS = {  # of every line
+    "run": str, "status": str, "label": str, "task": str, "method": str, "seed": int, "axes": dict, "arguments": dict,
+}  # fmt: skip
 
 
 def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
-    """The line of a run that has ended; without a finite score, or with a seed other than asked, it counts as failed.
+    """The line of a run that has ended; without a finite score it counts as failed.
 
     Args:
         run: what the sweep asked for.
@@ -43,12 +45,9 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
     evaluations = {name: [entry.get(name) for entry in entries] for name in names}
     norms = [entry["delta_norm"] for entry in record.get("history") or [] if entry.get("delta_norm") is not None]
     scores = [record.get("last"), *evaluations.get("loss", [None]), *evaluations.get(record.get("metric"), [None])]
-    seed, asked = record.get("seed"), run.arguments.get("seed")
     status, error = record["status"], record.get("error")
     if status == "finished" and None in scores:
         status, error = "failed", "an evaluation has no finite score or loss"
-    elif status == "finished" and str(seed) != str(asked):
-        status, error = "failed", f"its record is of seed {seed}, and {asked} was asked for"
     line = {
         "label": run.label,
         "axes": run.axes,
@@ -56,7 +55,7 @@ def measured_line(run: Run, record: dict[str, Any]) -> dict[str, Any]:
         "error": error,
         "task": run.task,
         "method": record.get("method"),
-        "seed": seed,
+        "seed": record.get("seed"),
         "arguments": own,
         "evaluations": evaluations,
         **{name: record.get(name) for name in COPIED},
@@ -86,21 +85,19 @@ def publish_run(folder: Path, measured: Path, record: dict[str, Any]) -> Path:
     return path
 
 
-def planned(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """What a plan says of each run: its name (`run`), label, task and seed."""
-    return [{"run": run.name, "label": run.label, "task": run.task, "seed": run.arguments["seed"]} for run in runs]
+def write_plan(path: Path, plan: Mapping[str, str]) -> None:
+    """Write beside a file of lines (NAME.plan.json) which runs it will have: a table can name those it lacks.
+
+    Args:
+        plan: see :attr:`~nlu.experiments.experiment.Experiment.plan`.
+    """
+    write_json(path.with_suffix(".plan.json"), {"runs": [{"run": run, "label": row} for run, row in plan.items()]})
 
 
-def write_plan(path: Path, experiment: Experiment) -> None:
-    """Write beside a file of lines (NAME.plan.json) which runs it will have: a table can name those it lacks."""
-    rule = experiment.tune.one_rate_for if experiment.tune else None
-    plan = {"one_rate_for": rule, "runs": planned([*experiment.runs, *experiment.waiting])}
-    write_json(path.with_suffix(".plan.json"), plan)
-
-
-def read_plan(path: Path) -> dict[str, Any]:
-    """What :func:`write_plan` wrote beside a file of lines: `one_rate_for`, and `runs`, see :func:`planned`."""
-    return read_json(path.with_suffix(".plan.json")) or {"one_rate_for": None, "runs": []}
+def read_plan(path: Path) -> dict[str, str]:
+    """What :func:`write_plan` wrote beside a file of lines; empty if there is no plan."""
+    plan = read_json(path.with_suffix(".plan.json")) or {"runs": []}
+    return {run["run"]: row_of(run["label"]) for run in plan["runs"]}
 
 
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:
@@ -143,15 +140,15 @@ def _check(line: dict[str, Any]) -> None:
             raise TypeError(f"{name} is not of type {kind.__name__}")
     if line["status"] not in ("finished", "failed"):
         raise ValueError(f"unknown status {line['status']}")
+    seed, label = (DEFAULTS | line["arguments"])["seed"], line["axes"].get("seed")
+    if line["seed"] != seed or (isinstance(label, int) and label != seed):
+        raise ValueError("its arguments, its axes and its seed are not of one seed")
     if line["status"] == "finished":
         evaluations = line["evaluations"]
         steps, losses, scores = (evaluations[name] for name in ("step", "loss", line["metric"]))
-        numbers = [line["seed"], line["last"], *steps, *losses, *scores]
-        if not steps or not len(steps) == len(losses) == len(scores) or not all(map(math.isfinite, numbers)):
+        if not steps or not len(steps) == len(losses) == len(scores):
             raise ValueError("an evaluation has no step, loss or score")
-        if line["seed"] != line["arguments"].get("seed", line["seed"]):
-            raise ValueError("its arguments have another seed")
-        if type(line["seed"]) is not int or max(map(abs, [line["last"], *scores])) > 1:
-            raise ValueError("the seed is a whole number, and a score is at most 1")
-        if not {"task", "method"} <= line.keys():
-            raise KeyError("task, method")
+        if not all(map(math.isfinite, [line["last"], *steps, *losses, *scores])):
+            raise ValueError("a score or loss is not finite")
+        if max(map(abs, [line["last"], *scores])) > 1 + 1e-9:  # a correlation may be rounded up
+            raise ValueError("a score is at most 1")

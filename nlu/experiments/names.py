@@ -15,7 +15,6 @@ from nlu.methods.registry import METHODS
 from nlu.runs.identity import INPUTS
 from nlu.tasks import TASKS
 
-RATE = ", learning_rate="  # between a row's label and the rate in the label of a tuning run
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
 
@@ -37,8 +36,8 @@ def label_of(axes: Mapping[str, Any], config: str) -> str:
 
 
 def row_of(label: str) -> str:
-    """The row of a run from its label, in which a tuning run has its learning rate too."""
-    return label.partition(RATE)[0]
+    """The row of a run from its label, in which a run that tries a learning rate has that rate too."""
+    return ", ".join(part for part in label.split(", ") if not part.startswith("learning_rate="))
 
 
 def task_of(arguments: Mapping[str, Any], data: Mapping[str, Any]) -> str:

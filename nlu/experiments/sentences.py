@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pandas as pd
 
-from nlu.experiments.names import row_of
 from nlu.experiments.statistics import LEVEL, finished
 from nlu.experiments.tables import ALL, number
 from nlu.tasks import HEADINGS
-
-MANY = 5  # comparisons, from which on one that differs by chance is to be expected
 
 
 def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
@@ -42,8 +39,6 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
         sentences.append(f"No difference shown between {other} and {', '.join(equal.row)}{more}.")
     if len(lacking := whole[(whole.against != "") & whole.difference.isna()]):
         sentences.append(f"No difference over all tasks for {', '.join(lacking.row)}: runs of a task are missing.")
-    if len(compared) >= MANY and differ.any():
-        sentences.append(f"Of {len(compared)} comparisons one in twenty differs by chance.")
     return " ".join(sentences)
 
 
@@ -60,38 +55,29 @@ def advice(every: pd.DataFrame) -> list[str]:
     return found
 
 
-def missing(every: pd.DataFrame) -> list[str]:
-    """What a reader of the table must know about its runs: those that ended early, and seeds that differ by method."""
-    found = []
-    lost = every[every.status != "finished"]
-    if len(lost):
-        named = [
-            f"{label} on {', '.join(HEADINGS.get(task, task) for task in own.task.dropna().unique())}"
-            for label, own in lost.groupby("label", sort=False)
-        ]
-        found.append(f"{len(lost)} of {len(every)} runs ended early and have no score: {'; '.join(named)}.")
-    differing: dict[str, list[str]] = {}
-    for task, runs in every.groupby("task", sort=False):
-        seeds = runs.groupby("label", sort=False).seed.agg(lambda own: ", ".join(map(str, sorted(set(own)))))
-        if seeds.nunique() > 1:
-            named = [f"{', '.join(own.index)}: {text}" for text, own in seeds.groupby(seeds, sort=False)]
-            differing.setdefault("; ".join(named), []).append(HEADINGS.get(task, task))
-    for named, tasks in differing.items():
-        found.append(f"The seeds differ on {', '.join(tasks)} ({named}): only runs of the same seed are compared.")
-    return found
+def lost(every: pd.DataFrame) -> list[str]:
+    """A sentence about the runs that ended early."""
+    runs = every[every.status != "finished"]
+    named = [
+        f"{label} on {', '.join(HEADINGS.get(task, task) for task in own.task.unique())}"
+        for label, own in runs.groupby("label", sort=False)
+    ]
+    return [f"{len(runs)} of {len(every)} runs ended early and have no score: {'; '.join(named)}."] if named else []
 
 
-def not_ended(every: pd.DataFrame, plan: Sequence[dict[str, Any]], kind: str = "") -> list[str]:
+def not_ended(every: pd.DataFrame, plan: Mapping[str, str], kind: str = "") -> list[str]:
     """A sentence about the planned runs that have no line.
 
     Args:
-        plan: see :func:`~nlu.experiments.lines.planned`. kind: of the runs, such as "tuning ".
+        plan: see :attr:`~nlu.experiments.experiment.Experiment.plan`. kind: of the runs, such as "tuning ".
     """
-    there, lacking = set(every.run), {}
-    for run in plan:
-        if run["run"] not in there:
-            tasks = lacking.setdefault(row_of(run["label"]), [])
-            tasks.append(HEADINGS.get(run["task"], run["task"]))
-    named = [f"{label} on {', '.join(dict.fromkeys(tasks))} ({len(tasks)})" for label, tasks in lacking.items()]
-    count = sum(map(len, lacking.values()))
-    return [f"{count} of {len(plan)} planned {kind}run(s) have not ended: {'; '.join(named)}."] if named else []
+    ended = {*every.run}
+    rows = Counter(row for run, row in plan.items() if run not in ended)
+    named = ", ".join(f"{row} ({count})" for row, count in rows.items())
+    return [f"{rows.total()} of {len(plan)} planned {kind}run(s) have not ended: {named}."] if rows else []
+
+
+def without_rate(rows: Iterable[str]) -> list[str]:
+    """A sentence about the rows for which the tuning has chosen no learning rate."""
+    named = ", ".join(dict.fromkeys(rows))
+    return [f"No learning rate for {named}: runs of the tuning have not ended, or all failed."] if named else []

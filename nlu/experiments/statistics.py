@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,18 @@ from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.fairness import scale_of
 from nlu.experiments.lines import read_lines
-from nlu.methods.registry import METHODS
-from nlu.runs.identity import FREE, PREDICTING
+from nlu.methods.registry import FLAGS, METHODS
+from nlu.runs.identity import FREE, INPUTS, PREDICTING
 from nlu.tasks import TASKS
 
 LEVEL = 0.5  # points: a smaller gain is no reason to choose a method
 ROUNDING = 1e-18  # points²: a smaller variance is only the rounding of equal differences
-_NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy"}  # they change no score
+# They change no score, or make another run of the same row.
+_NO_SETTINGS = FREE | PREDICTING | {"logging_steps", "save_steps", "save_strategy", "seed", "holdout_seed"}
+_CONTENTS = {*INPUTS, *FLAGS} - {"test_file"}  # what decides a score (test rows have a column of their own)
 _NAMES = [
-    "run", "status", "task", "method", "label", "seed", "axes", "arguments", "model", "processor", "module_ranks",
-    "data", "settings", "tested", "steps_at", "scores", "losses",
+    "run", "status", "task", "method", "label", "seed", "axes", "arguments", "model", "processor", "data", "settings",
+    "tested", "steps_at", "scores", "losses",
 ]  # fmt: skip
 _FIGURES = [
     "adapter_params", "best", "constant_loss", "delta_norm", "last", "live_adapter_params", "loss", "lowest_loss",
@@ -83,23 +84,16 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:
     digests = line.get("digests", {})
-    data = [digests.get(name) for name in ("glue_dir", "train_file", "validation_file")]
-    # The contents of what a run reads are compared by a checksum.
-    contents = [*data, *(digests.get(name) for name in ("model_name_or_path", "lora_path", "peft_config"))]
-    kept = {name: value for name, value in line["arguments"].items() if name not in _NO_SETTINGS and "seed" not in name}
-    if "lora_k" in digests:  # match:METHOD, whose file may change
-        kept["lora_k"] = f"{kept['lora_k']} ({digests['lora_k'][:8]})"
     arguments = DEFAULTS | line["arguments"]
-    checksum = f"{zlib.crc32(json.dumps(contents).encode()):08x}"
+    settings = {name: value for name, value in line["arguments"].items() if name not in _NO_SETTINGS}
+    settings |= {f"contents of {name}": digest[:8] for name, digest in digests.items() if name in _CONTENTS}
     row = line | {
         "processor": line.get("machine", {}).get("cpu", ""),
         "scale": scale_of(arguments | {"method": line["method"]}),
         "training_loss_end": np.mean(line["training_loss"][-2:]) if line.get("training_loss") else np.nan,
-        "data": json.dumps(data),
+        "data": json.dumps([digests.get(name) for name in ("glue_dir", "train_file", "validation_file")]),
         "tested": json.dumps([digests.get("test_file"), arguments["max_predict_samples"]]),
-        "settings": kept
-        | {name: line.get(name) for name in ("effective_batch_size", "model_commit")}
-        | {"contents": checksum},
+        "settings": settings | {name: line.get(name) for name in ("effective_batch_size", "model_commit")},
         "last": None,  # a line has fractions
         "best": None,
     }

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from loralib.files import locked
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment, Run
-from nlu.experiments.launcher import ON, EarlierJob, Job, Launcher, is_held
+from nlu.experiments.launcher import ON, Launcher, group_in, is_held
 from nlu.experiments.lines import measured_line, read_lines, write_line, write_plan
 from nlu.experiments.names import portable
 from nlu.json_yaml import read_json
@@ -32,11 +35,13 @@ class Sweep:
     """The runs of an experiment, the file of their lines (`measured`), their folder, and the command of one run."""
 
     def __init__(self, experiment: Experiment, measured_dir: Path, output_dir: Path, command: list[str]) -> None:
-        self.experiment, self.runs, self.command = experiment, experiment.runs, command
+        self.experiment, self.command = experiment, command
+        self.runs = [run for run in experiment.runs if not run.rates]  # the others wait for a learning rate
         self.measured, self.folder = measured_dir / f"{experiment.name}.jsonl", output_dir / experiment.name
-        self.finished = 0
+        self.finished: list[str] = []  # names of the runs that finished now
         self.failures: dict[str, str] = {}  # name of a run → why it failed
-        self.signals: list[int] = []  # those received
+        self.processes: dict[str, subprocess.Popen] = {}  # by the name of the run
+        self.signals: list[int] = []  # those received; after one no run starts
 
     # ---- the state of a run ------------------------------------------------------------------------------------------
 
@@ -107,110 +112,111 @@ class Sweep:
             rerun_changed: repeat, from the start, the runs made with other arguments or contents.
 
         Raises:
-            UsageError: runs were made with other arguments or contents (without `rerun_changed`), or the folder is in
-                use. OSError: the command cannot be run.
+            UsageError: runs were made with other arguments or contents (without `rerun_changed`), or another sweep
+                writes their lines. OSError: the command cannot be run.
         """
         for folder in (self.folder / "logs", self.measured.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        in_use = f"another sweep is running in {self.folder}, or writes {self.measured}; wait for it or stop it"
-        # A sweep of this name may have another folder and the same lines.
-        locks = self.folder / LOCK, self.measured.with_name(f".{self.measured.stem}.lock")
+        in_use = UsageError(f"another sweep is running and writes {self.measured}; wait for it or stop it")
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         caught = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
-        with contextlib.ExitStack() as held:
-            for lock in locks:
-                held.enter_context(locked(lock, UsageError(in_use)))
+        with locked(self.measured.with_name(f".{self.measured.stem}.lock"), in_use):
             states = self.states()
-            if not rerun_changed:
-                self._refuse_changed([run for run in self.runs if states[run.name] == "changed"])
-            write_plan(self.measured, self.experiment)
-            held.enter_context(handled_by(lambda number, _: self.signals.append(number), caught))
-            self._keep_running(launcher, states, rerun_changed)
+            changed = [run for run in self.runs if states[run.name] == "changed"]
+            if changed and not rerun_changed:
+                differences = self.changes(changed[0], read_lines(self.measured)[changed[0].name])
+                raise UsageError(
+                    f"{len(changed)} run(s), for example {changed[0].name}, were made with other arguments or "
+                    f"contents ({differences}); pass --rerun_changed to repeat them, or give the experiment a new name "
+                    "(with compare.py: --name)"
+                )
+            write_plan(self.measured, self.experiment.plan)
+            with handled_by(self._stop, caught):
+                self._run_all(launcher, states, rerun_changed)
         for name, reason in self.failures.items():
             print(f"failed: {name}: {reason}", file=sys.stderr)
-        counts = f"{self.finished} run(s) finished now, {len(self.failures)} failed"
+        counts = f"{len(self.finished)} run(s) finished now, {len(self.failures)} failed"
         print(f"{counts}; the results of all are in {self.measured}")
         if self.signals:
             print("stopped; the same command continues from here", file=sys.stderr)
         code = 128 + self.signals[0] if self.signals else int(bool(self.failures))
         return code, read_lines(self.measured)
 
-    def _refuse_changed(self, runs: list[Run]) -> None:
-        if runs:
-            differences = self.changes(runs[0], read_lines(self.measured)[runs[0].name])
-            raise UsageError(
-                f"{len(runs)} run(s), for example {runs[0].name}, were made with other arguments or "
-                f"contents ({differences}); pass --rerun_changed to repeat them, or give the experiment a new name "
-                "(with compare.py: --name)"
-            )
-
-    def _keep_running(self, launcher: Launcher, states: dict[str, str], rerun_changed: bool) -> None:
+    def _run_all(self, launcher: Launcher, states: dict[str, str], rerun_changed: bool) -> None:
+        self.launcher, self.rerun_changed = launcher, rerun_changed
         pending = [run for run in self.runs if states[run.name] != "finished"]
+        earlier = {run.name: contextlib.ExitStack() for run in pending}  # holds the devices of a killed sweep's run
+        for run in pending:
+            if states[run.name] == "running":
+                tqdm.write(f"{run.name}: an earlier sweep's process still runs it; waiting for its end", sys.stderr)
+                earlier[run.name].enter_context(launcher.devices(group_in(self.log(run))))
         interval = 0.5 if sys.stderr.isatty() else 60.0  # seconds; a log file keeps every update
         total, done = len(self.runs), len(self.runs) - len(pending)
         # The time left follows from the runs made now, by their mean (smoothing 0), because they end in groups.
         bar = tqdm(total=total, initial=done, desc=self.measured.stem, unit="run", mininterval=interval, smoothing=0)
-        running: dict[str, tuple[Run, Job | EarlierJob]] = {}
-        told = 0  # signals that have been passed on
-        try:
-            while (pending and not self.signals) or running:
-                while pending and not self.signals and len(running) < launcher.jobs:
-                    run = pending.pop(0)
-                    if job := self._start(run, states[run.name], launcher, rerun_changed):
-                        running[run.name] = run, job
-                    bar.set_postfix_str(", ".join(running))
-                for name, (run, job) in list(running.items()):
-                    code = job.poll()
-                    if code is not None:
-                        del running[name]
-                        # A process of a killed sweep locks its folder only after some seconds; ours is then refused.
-                        if isinstance(job, EarlierJob) or (code == REFUSED and is_held(self.folder / name / LOCK)):
-                            pending.insert(0, run)  # its folder says whether it has finished
-                        else:
-                            self._ended(run, code)
-                if ended := done + self.finished + len(self.failures) - bar.n:
-                    bar.update(ended)
-                if len(self.signals) > told:
-                    told = len(self.signals)
-                    for _, job in running.values():
-                        job.stop(at_once=told > 1)
-                time.sleep(_POLL_SECONDS)
-        except BaseException:
-            for _, job in running.values():
-                job.stop()
-            raise
-        finally:
-            bar.close()
+        with bar, ThreadPoolExecutor(launcher.jobs) as pool:
+            makes = [pool.submit(self._make, run, states[run.name], earlier[run.name], bar) for run in pending]
+            try:
+                for made in as_completed(makes):
+                    made.result()
+                    bar.update(done + len(self.finished) + len(self.failures) - bar.n)
+            except BaseException:
+                self._stop(signal.SIGTERM)
+                raise
 
-    def _start(self, run: Run, state: str, launcher: Launcher, rerun_changed: bool) -> Job | EarlierJob | None:
-        """Start a run, or wait for an earlier sweep's; None if it has finished meanwhile, and has its line now."""
-        if state not in ("failed", "changed"):
-            state = self.state(run)
-        if state == "running":
-            tqdm.write(f"{run.name}: an earlier sweep's process still runs it; waiting for its end", file=sys.stderr)
-            return launcher.adopt(self.folder / run.name / LOCK, self.log(run))
-        if state == "ended":
-            self._ended(run, 0)
-            return None
-        command = self.command_line(run)
-        if state == "failed" or rerun_changed:
-            command.append("--overwrite_output_dir")  # replaces another run, and resumes this one
-        if state in ("failed", "changed"):
-            write_line(self.measured, run.name, None)
-        return launcher.start(command, self.log(run))
+    def _make(self, run: Run, state: str, earlier: contextlib.ExitStack, bar: tqdm) -> None:
+        """Make one run: wait for an earlier sweep's process, start one if the run is not finished, write its line."""
+        lock = self.folder / run.name / LOCK
+        while True:
+            with earlier:
+                while is_held(lock) and not self.signals:
+                    time.sleep(_POLL_SECONDS)
+            if self.signals:
+                return
+            code = 0
+            if state in ("failed", "changed") or self.state(run) != "ended":
+                if state in ("failed", "changed"):
+                    write_line(self.measured, run.name, None)
+                command = self.command_line(run)
+                if state == "failed" or self.rerun_changed:
+                    command.append("--overwrite_output_dir")  # replaces another run, and resumes this one
+                with self.launcher.devices() as group:
+                    self.processes[run.name] = process = self.launcher.start(command, self.log(run), group)
+                    bar.set_postfix_str(", ".join([*self.processes]))
+                    if self.signals:  # it came while the process was started
+                        self._end(process)
+                    code = process.wait()
+                    del self.processes[run.name]
+            # A process of a killed sweep locks its folder only after some seconds; ours is then refused.
+            if code != REFUSED or not is_held(lock):
+                return self._ended(run, code)
+
+    def _stop(self, number: int, _frame: Any = None) -> None:
+        """Handle a signal."""
+        self.signals.append(number)
+        for process in [*self.processes.values()]:
+            self._end(process)
+
+    def _end(self, process: subprocess.Popen) -> None:
+        """Ask a process and its children to save and end; after a second signal, kill them."""
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, signal.SIGKILL if len(self.signals) > 1 else signal.SIGTERM)
 
     def _ended(self, run: Run, code: int) -> None:
         """Write the line of a run that has finished or failed, and note a failure."""
         line: dict[str, Any] = {}
         try:
-            # A refused start writes no record: the one in its folder is an earlier start's.
-            if code != REFUSED and (made := self.line_of(run)):
+            made = self.line_of(run) if code != REFUSED else None  # a refused start writes no record
+            changed = made and self.changes(run, made)  # it is of an earlier start, or of a --command of one's own
+            if made and not changed:
                 line = made
                 write_line(self.measured, run.name, line)
-        except UsageError as error:  # this run's record is damaged; the others continue
+            elif changed and code == 0:
+                line = {"error": f"it ran with other arguments than asked for ({changed})"}
+        except UsageError as error:  # of this run; the others continue
             line = {"error": str(error)}
         if code == 0 and line.get("status") == "finished":
-            self.finished += 1
+            self.finished.append(run.name)
         elif not self.signals:
             error = line.get("error") or _last_line(self.log(run)) or "it left no message"
             self.failures[run.name] = f"exit code {code}: {error} (log: {self.log(run)})"

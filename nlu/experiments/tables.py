@@ -18,7 +18,7 @@ from nlu.tasks import HEADINGS
 ALL = "all tasks"
 NONE = "–"
 PUBLISHED = ROOT / "results/published"
-_PUBLISHED_COLUMN = {"mnli": "mnli_m", "qqp": "qqp_acc"}  # task → the paper's column of the score that we report
+_OUR_COLUMN = {"mnli_m": "mnli", "qqp_acc": "qqp"}  # a paper's column of the score that we report → task
 
 
 # ---- frames of figures -----------------------------------------------------------------------------------------------
@@ -30,35 +30,30 @@ def score_frame(every: pd.DataFrame, against: Sequence[str] = ()) -> pd.DataFram
     Columns: `row`, `task`; `parameters` and `remaining` (after pruning); `scale` (α/r; NaN if the runs differ); `runs`
     (planned), `finished` and `failed`; `score` (of the kept weights) and `best`, in percent, over the seeds; `test` and
     `mismatched` (MNLI's second set), NaN without such scores; each of `score`, `test` and `mismatched` with `_std`;
-    `seconds_per_step`; `against`, the reference, and from it `difference`, `low` and `high` over pairs of one task and
-    seed; the same with `best_` over pairs of the best evaluations.
+    `seconds_per_step`; `against`, the reference, and `difference`, `low` and `high` over pairs of one task and seed.
 
     Args:
         against: labels of the reference rows, see :func:`~nlu.experiments.statistics.references`.
     """
-    done = finished(every)
-    best = done.assign(last=done.best)
-    tasks = list(dict.fromkeys(every.task))
+    done, tasks = finished(every), every.task.nunique()
     rows = []
     for label, planned in every.groupby("label", sort=False):
         other = reference(done, label, against)
-        pairs, best_pairs = paired(done, label, other), paired(best, label, other)
-        cells = []
-        for task in [task for task in tasks if task in set(planned.task)]:
-            of_task = [each[each.task == task] for each in (planned, pairs, best_pairs)]
-            cells.append(_cell(*of_task) | {"task": task})
-        if pairs.task.nunique() < len(tasks):  # a mean over some tasks is not that of the table
-            pairs, best_pairs = pairs[:0], best_pairs[:0]
-        whole = _cell(planned, pairs, best_pairs) | {"task": ALL}
+        pairs = paired(done, label, other)
+        groups = planned.groupby("task", sort=False)
+        cells = [_cell(own, pairs[pairs.task == task]) | {"task": task} for task, own in groups]
+        if pairs.task.nunique() < tasks:  # a mean over some tasks is not that of the table
+            pairs = pairs[:0]
+        whole = _cell(planned, pairs) | {"task": ALL}
         whole |= {name: np.nan for name in whole if name.startswith(("test", "mismatched")) or name.endswith("_std")}
         for name in ("score", "best", "seconds_per_step"):  # none if a task is missing
             values = [cell[name] for cell in cells]
-            whole[name] = np.mean(values) if len(cells) == len(tasks) else np.nan
+            whole[name] = np.mean(values) if len(cells) == tasks else np.nan
         rows += [{"row": label, "against": other or ""} | cell for cell in [*cells, whole]]
     return pd.DataFrame(rows).astype({"parameters": "Int64"})  # exact in as_csv
 
 
-def _cell(planned: pd.DataFrame, pairs: pd.DataFrame, best_pairs: pd.DataFrame) -> dict[str, Any]:
+def _cell(planned: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, Any]:
     """The figures of one method on some of its runs."""
     done = finished(planned)
     scales = done.scale.dropna().unique()
@@ -77,10 +72,10 @@ def _cell(planned: pd.DataFrame, pairs: pd.DataFrame, best_pairs: pd.DataFrame) 
         scores = done[column] if known else done[column][:0]
         cell |= {name: scores.mean(), f"{name}_std": scores.std()}
     cell |= {"best": done.best.mean(), "seconds_per_step": done.seconds_per_step.mean()}
-    return cell | difference("", estimate(pairs)) | difference("best_", estimate(best_pairs))
+    return cell | difference(estimate(pairs))
 
 
-def difference(prefix: str, result: Estimate) -> dict[str, float]:
+def difference(result: Estimate, prefix: str = "") -> dict[str, float]:
     """An estimate as the columns `difference`, `low` and `high`, each with a prefix."""
     low, high = result.interval
     return {f"{prefix}difference": result.mean, f"{prefix}low": low, f"{prefix}high": high}
@@ -102,23 +97,20 @@ def with_published(frame: pd.DataFrame, every: pd.DataFrame) -> tuple[pd.DataFra
         The frame with `published` (over all tasks: the mean of the columns used here, if the row has them all) and
         `printed`, the paper's own average, if the runs cover its tasks; and a sentence for each table.
     """
-    done = finished(every)
+    done, tasks = finished(every), list(dict.fromkeys(every.task))
     tables = [read_json(path) or {} for path in sorted(PUBLISHED.glob("*.json"))]
     tables = [table for table in tables if {table.get("model")} == set(done.model)]
-    configs = done.groupby("label").arguments.first().map(lambda each: each.get("method_config"))
     rows = {row["config"]: row for table in tables for row in table["rows"] if "config" in row}
-    of_label = {label: rows.get(config, {}) for label, config in configs.items() if (configs == config).sum() == 1}
-    tasks = list(dict.fromkeys(every.task))
-    columns = {column.partition("_")[0] for table in tables for column in table["columns"]}
-    published, printed = [], []
-    for label, task in zip(frame.row, frame.task, strict=True):
-        row = of_label.get(label, {})
-        scores = [row.get(_PUBLISHED_COLUMN.get(each, each), row.get(each)) for each in tasks]
-        scores = [np.nan if score is None else score for score in scores]
-        published.append(np.mean(scores) if task == ALL else scores[tasks.index(task)])
-        printed.append(row.get("avg_printed", np.nan) if task == ALL and columns <= {*tasks} else np.nan)
-    if np.isnan(published).all():
+    configs = done.groupby("label").arguments.first().map(lambda each: each.get("method_config"))
+    of_label = {label: rows[each] for label, each in configs.drop_duplicates(keep=False).items() if each in rows}
+    scores = pd.DataFrame.from_dict(of_label, orient="index").rename(columns=_OUR_COLUMN)
+    scores = scores.reindex(columns=[*tasks, "avg_printed"], index=frame.row.unique())
+    if scores[tasks].isna().all(axis=None):
         return frame, []
+    known = scores.assign(**{ALL: scores[tasks].mean(axis=1, skipna=False)}).to_dict()
+    published = [known[task][label] for label, task in zip(frame.row, frame.task, strict=True)]
+    whole = {column.partition("_")[0] for table in tables for column in table["columns"]} <= {*tasks}
+    printed = frame.row.map(scores.avg_printed).where((frame.task == ALL) & whole)
     shown = [table for table in tables if any(row in table["rows"] for row in of_label.values())]
     sentences = [f"Published: {table['source']}; {table['protocol']}. {table.get('note', '')}" for table in shown]
     sentences.append(

@@ -3,186 +3,121 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nlu.errors import UsageError
-from nlu.experiments.experiment import Experiment, Run
-from nlu.experiments.lines import planned
-from nlu.experiments.names import RATE, row_of, run_name
+from nlu.experiments.experiment import Experiment, Run, Tune
+from nlu.experiments.names import row_of, run_name
+from nlu.experiments.sentences import without_rate
 from nlu.experiments.statistics import as_frame
 from nlu.experiments.sweep_loop import Ran
 from nlu.experiments.tables import number
 from nlu.tasks import HEADINGS
 
-Grids = Mapping[str, Sequence[float]]  # row, or row and task → the rates to try
+Grids = Mapping[str, Sequence[float]]  # what gets one rate (see Experiment.row) → the rates to try
 Discarded = Callable[[pd.DataFrame], pd.Series]  # which rows of the table of `choose_rates` are discarded
 
 
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 
-class Tuned(NamedTuple):
-    """What a tuning has found: the exit code of its runs, and the table of :func:`tuning_frame`."""
+def tuning_runs(experiment: Experiment, grids: Grids | None = None) -> list[Run]:
+    """The runs that try learning rates: those of each tuned row and task with each of its rates and seeds.
 
-    code: int
-    table: pd.DataFrame
+    Args:
+        grids: by default those of the experiment's file.
 
-    @property
-    def rates(self) -> dict[str, float]:
-        """Row, or row and task → its chosen learning rate."""
-        return dict(self.table[self.table.chosen].set_index("row").value)
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """The tuning of an experiment that has a section `tune` (see `nlu/experiments/experiment.py`)."""
-
-    experiment: Experiment
-
-    @property
-    def name(self) -> str:
-        """NAME_tuning."""
-        return f"{self.experiment.name}_tuning"
-
-    @property
-    def per_task(self) -> bool:
-        """Whether each task has a rate of its own."""
-        return self.experiment.tune.one_rate_for == "row_and_task"
-
-    def subject(self, run: Run) -> str:
-        """What gets one rate: the run's row, or its row and task."""
-        return _subject(run.label, run.task, self.per_task)
-
-    @cached_property
-    def cells(self) -> list[Run]:
-        """One final run of each tuned row and task."""
-        tuned = [run for run in self.experiment.runs if run.rates]
-        return list({(run.label, run.task): run for run in reversed(tuned)}.values())[::-1]
-
-    @property
-    def grids(self) -> dict[str, Sequence[float]]:
-        """The rates to try first.
-
-        Raises:
-            UsageError: a row has different ones on different tasks, and is to have one rate.
-        """
-        grids: dict[str, Sequence[float]] = {}
-        for cell in self.cells:
-            if grids.setdefault(self.subject(cell), cell.rates) != cell.rates:
-                raise UsageError(f"tune: {cell.label} has other rates on {cell.task}: give one_rate_for: row_and_task")
-        return grids
-
-    def runs(self, grids: Grids) -> list[Run]:
-        """The tuning runs: each cell with the rates of its subject and the seeds."""
-        seeds = self.experiment.tune.seeds
-        return [
-            self._run(cell, rate, seed) for cell in self.cells for rate in grids[self.subject(cell)] for seed in seeds
-        ]
-
-    def _run(self, final: Run, rate: float, seed: int) -> Run:
-        own = {"learning_rate": rate, "seed": seed}
-        axes = {axis: label for axis, label in final.axes.items() if axis != "seed"} | own
-        own |= {"holdout_fraction": self.experiment.tune.holdout_fraction}
-        own |= {"do_predict": None, "predict_task": None}  # a tuning does not look at test rows
-        arguments = final.arguments | self._length(final) | own
-        return Run(run_name(axes), f"{final.label}{RATE}{rate}", final.task, axes, arguments)
-
-    def _length(self, final: Run) -> dict[str, Any]:
-        """The arguments that set the length of a tuning run; warm-ups and masking interval shrink in proportion.
-
-        With --schedule_steps they do so by themselves; without it, those that the experiment gives are scaled here.
-        """
-        share, values = self.experiment.tune.share_of_steps, final.parse().values
-        if share == 1:
-            return {}
-        if values["max_steps"] > 0:
-            shorter = {"max_steps": max(1, round(share * values["max_steps"]))}
-        else:
-            shorter = {"num_train_epochs": float(f"{share * values['num_train_epochs']:.6g}")}
-        if values["schedule_steps"] is None:
-            for name, least in (("warmup_steps", 0), ("init_warmup", 0), ("final_warmup", 0), ("mask_interval", 1)):
-                steps = final.arguments.get(name)
-                if steps is not None and steps >= 1:  # less is a share of the steps
-                    shorter[name] = max(least, int(share * steps))
-        return shorter
-
-    def find(self, run_all: Callable[[Experiment], Ran]) -> Tuned:
-        """Make the runs and choose the rates. They depend on the lines alone, so that a stopped tuning resumes.
-
-        Args:
-            run_all: makes the runs of an experiment, as :meth:`Sweep.run` does.
-        """
-        grids = self.grids
-        for left in reversed(range(self.experiment.tune.extend + 1)):
-            runs = self.runs(grids)
-            code, found = run_all(Experiment(self.name, runs, tune=self.experiment.tune))
-            lines = [found[run.name] for run in runs if run.name in found]
-            table = tuning_frame(as_frame(lines), planned(runs), self.per_task)
-            wider = grids | beyond(table)
-            if code > 1 or not left or wider == grids:
-                break
-            grids = wider
-        return Tuned(code, table)
-
-    def finals(self, tuned: Tuned) -> Experiment:
-        """The experiment with the chosen rates; the runs of a row (or row and task) whose tuning gave none wait."""
-        runs, waiting, rates = [], [], tuned.rates
-        for run in self.experiment.runs:
-            if not run.rates:
-                runs.append(run)
-            elif (rate := rates.get(self.subject(run))) is None:
-                waiting.append(run)
-            else:
-                runs.append(replace(run, arguments=run.arguments | {"learning_rate": rate}))
-        return replace(self.experiment, runs=runs, waiting=waiting)
-
-    def report(self, tuned: Tuned) -> list[str]:
-        """One sentence for each subject: the rate chosen, those tried, and what to know about the choice."""
-        sentences = []
-        for subject in self.grids:
-            own, rate = tuned.table[tuned.table.row == subject], tuned.rates.get(subject)
-            if rate is None:
-                sentences.append(f"{subject}: no final runs: runs of its tuning have not ended, or all failed.")
-                continue
-            text = f"{subject}: learning rate {rate:g}, of {', '.join(map('{:g}'.format, own.value))}"
-            if own.discarded.all():
-                text += "; a run failed at each of them, so the highest score decided: train longer, or try others"
-            elif failed := [f"{value:g}" for value in own.value[own.discarded]]:
-                text += f"; discarded, because a run failed: {', '.join(failed)}"
-            if rate in (own.value.min(), own.value.max()):
-                text += "; it is an end of those tried, and a better one may lie beyond"
-            sentences.append(f"{text}.")
-        return sentences
+    Raises:
+        UsageError: a row has other rates on another task, and is to have one rate.
+    """
+    cells: dict[tuple[str, str], Run] = {}  # a final run of each
+    for run in experiment.runs:
+        if run.rates:
+            cells.setdefault((run.label, run.task), run)
+    grids = grids or _first_grids(experiment)
+    return [
+        _tuning_run(experiment.tune, cell, rate, seed)
+        for cell in cells.values()
+        for rate in grids[experiment.row(cell)]
+        for seed in experiment.tune.seeds
+    ]
 
 
-def tune_and_run(experiment: Experiment, run_all: Callable[[Experiment], Ran]) -> tuple[int, list[str]]:
+def _first_grids(experiment: Experiment) -> Grids:
+    grids: dict[str, Sequence[float]] = {}
+    for run in experiment.runs:
+        if run.rates and grids.setdefault(experiment.row(run), run.rates) != run.rates:
+            raise UsageError(f"tune: {run.label} has other rates on {run.task}: give one_rate_for: row_and_task")
+    return grids
+
+
+def _tuning_run(tune: Tune, final: Run, rate: float, seed: int) -> Run:
+    own = {"learning_rate": rate, "seed": seed}
+    axes = {axis: label for axis, label in final.axes.items() if axis != "seed"} | own
+    own |= {"holdout_fraction": tune.holdout_fraction}
+    own |= {"do_predict": None, "predict_task": None}  # a tuning does not look at test rows
+    share, values = tune.share_of_steps, final.parse().values
+    if share < 1 and values["max_steps"] > 0:
+        own["max_steps"] = max(1, round(share * values["max_steps"]))
+        own["schedule_steps"] = values["schedule_steps"] or values["max_steps"]
+    elif share < 1:
+        own["num_train_epochs"] = float(f"{share * values['num_train_epochs']:.6g}")
+    return Run(run_name(axes), f"{final.label}, learning_rate={rate}", final.task, axes, final.arguments | own)
+
+
+def choose(experiment: Experiment, run_all: Callable[[Experiment], Ran]) -> tuple[int, Experiment, pd.DataFrame]:
+    """Make the tuning runs and choose the rates. They depend on the lines alone, so that a stopped tuning resumes.
+
+    Args:
+        run_all: makes the runs of an experiment, as :meth:`Sweep.run` does.
+
+    Returns:
+        The exit code of the runs; the experiment with the chosen rates, in which runs without one still have `rates`;
+        and the table of :func:`tuning_frame`.
+    """
+    grids = _first_grids(experiment)
+    if not grids:
+        return 0, experiment, pd.DataFrame()
+    for left in reversed(range(experiment.tune.extend + 1)):
+        part = Experiment(f"{experiment.name}_tuning", tuning_runs(experiment, grids), tune=experiment.tune)
+        code, found = run_all(part)
+        table = tuning_frame(as_frame(found[name] for name in part.plan if name in found), part.plan)
+        wider = grids | beyond(table[~table.row.isin(_waiting(part.plan, found))])
+        if code > 1 or not left or wider == grids:
+            break
+        grids = wider
+    rates = dict(table[table.chosen].set_index("row").value)
+    runs = []
+    for run in experiment.runs:
+        if run.rates and (rate := rates.get(experiment.row(run))) is not None:
+            run = replace(run, arguments=run.arguments | {"learning_rate": rate}, rates=())
+        runs.append(run)
+    return code, replace(experiment, runs=runs), table
+
+
+def tune_and_run(experiment: Experiment, run_all: Callable[[Experiment], Ran]) -> int:
     """Choose the rates of the runs that are tuned, print them, and make the final runs.
 
     Args:
         run_all: makes the runs of an experiment, as :meth:`Sweep.run` does.
 
     Returns:
-        The exit code of :meth:`Sweep.run`, and the sentences of :meth:`Tuning.report`.
+        The exit code of :meth:`Sweep.run`; at least 1 if a row has no rate.
     """
-    code, sentences = 0, []
-    if any(run.rates for run in experiment.runs):
-        tuning = Tuning(experiment)
-        tuned = tuning.find(run_all)
-        if tuned.code > 1:  # stopped
-            return tuned.code, []
-        sentences = tuning.report(tuned)
-        print("\n".join(f"tuning: {sentence}" for sentence in sentences))
-        experiment = tuning.finals(tuned)
-        code = max(tuned.code, bool(experiment.waiting))
-    return max(code, run_all(experiment)[0]), sentences
-
-
-def _subject(label: str, task: str, per_task: bool) -> str:
-    return f"{label} on {HEADINGS.get(task, task)}" if per_task else label
+    code, experiment, table = choose(experiment, run_all)
+    if code > 1:  # stopped
+        return code
+    for row, own in table.groupby("row") if len(table) else ():
+        marks = [f" ({mark})" if mark else "" for mark in _marks(own)]
+        rates = [f"{rate:g}{mark}" for rate, mark in zip(own.value, marks, strict=True)]
+        print(f"tuning: {row}: learning rate {', '.join(rates)}")
+    waiting = without_rate(experiment.row(run) for run in experiment.runs if run.rates)
+    print("".join(f"tuning: {sentence}\n" for sentence in waiting), end="")
+    return max(code, len(waiting), run_all(experiment)[0])
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
@@ -219,55 +154,61 @@ def choose_rates(runs: pd.DataFrame, discarded: Discarded = lambda table: table.
 
 
 def beyond(table: pd.DataFrame) -> dict[str, tuple[float, ...]]:
-    """Row → its rates and one more, for each row whose chosen rate is an end of them.
+    """Row → its rates and further ones, for each row whose chosen rate is an end of them.
 
-    The new rate is as far from the end as the one beside the end. A rate at which a run failed is an end that is known.
+    A new rate is as far from the end as the one beside the end. A rate at which a run failed is an end that is known.
+    If no run of a row has learned (with scores, so that its runs do not just end early), both ends get one: nobody
+    knows whether the rates were too low or too high.
     """
     wider = {}
     for row, own in table.groupby("row"):
         rates, chosen = own.value.to_list(), own.value[own.chosen].to_list()
-        if len(rates) > 1 and chosen:
-            for end, beside in ((rates[0], rates[1]), (rates[-1], rates[-2])):
-                if chosen == [end]:
-                    wider[row] = (*rates, float(f"{end * end / beside:.3g}"))
+        ends = ((rates[0], rates[1]), (rates[-1], rates[-2])) if len(rates) > 1 and own.z.notna().any() else ()
+        new = [float(f"{end * end / beside:.3g}") for end, beside in ends if chosen in ([], [end])]
+        if new:
+            wider[row] = (*rates, *new)
     return wider
 
 
 # ---- the tables ------------------------------------------------------------------------------------------------------
 
 
-def tuning_runs(every: pd.DataFrame) -> pd.DataFrame:
+def tried_rates(every: pd.DataFrame) -> pd.DataFrame:
     """The runs of a grid with a learning rate as an axis, with `row`, the label without it, and `value`, the rate."""
     grid = every[every["axes"].map(lambda axes: "learning_rate" in axes).astype(bool)]
-    rows = [
-        ", ".join(part for part in label.split(", ") if part not in (rate, f"learning_rate={rate}"))
-        for label, rate in zip(grid.label, (axes["learning_rate"] for axes in grid["axes"]), strict=True)
-    ]
-    return grid.assign(row=rows, value=[float(arguments["learning_rate"]) for arguments in grid.arguments])
+    values = [float(arguments["learning_rate"]) for arguments in grid.arguments]
+    return grid.assign(row=grid.label.map(row_of), value=values)
 
 
 def tuning_frame(
-    every: pd.DataFrame,
-    plan: Sequence[dict[str, Any]] = (),
-    per_task: bool = False,
-    discarded: Discarded = lambda table: table.failed,
+    every: pd.DataFrame, plan: Mapping[str, str], discarded: Discarded = lambda table: table.failed
 ) -> pd.DataFrame:
     """What tuning tried on held-out rows: for each row and rate the mean score on each task, and the choice, see
     :func:`choose_rates`. A row whose runs have not all ended has none yet.
 
     Args:
-        plan: the runs of the tuning, see :func:`~nlu.experiments.lines.planned`; empty if all have ended.
-        per_task: each row has a rate of its own on each task.
+        plan: run → what it tries a rate for, see :attr:`Experiment.plan`; by default its row.
     """
-    rates = tuning_runs(every)
+    rates = tried_rates(every)
     rates = rates[rates.held_out]
-    rates = rates.assign(row=list(map(_subject, rates.row, rates.task, [per_task] * len(rates))))
-    ended = set(every.run)
-    waiting = {_subject(row_of(run["label"]), run["task"], per_task) for run in plan if run["run"] not in ended}
+    rates = rates.assign(row=[plan.get(run, row) for run, row in zip(rates.run, rates.row, strict=True)])
     table = choose_rates(rates, discarded)
-    table["chosen"] &= ~table.row.isin(waiting)
+    table["chosen"] &= ~table.row.isin(_waiting(plan, every.run))
     scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)
     return table.merge(scores.reset_index(), "left", on=["row", "value"])
+
+
+def _waiting(plan: Mapping[str, str], ended: Sequence[str] | Mapping[str, Any]) -> set[str]:
+    """The rows of a plan of which a run has not ended."""
+    return {row for run, row in plan.items() if run not in {*ended}}
+
+
+def _marks(frame: pd.DataFrame) -> np.ndarray:
+    """What is to be said of each rate of :func:`tuning_frame`."""
+    rates = frame.groupby("row").value
+    is_end = (frame.value == rates.transform("min")) | (frame.value == rates.transform("max"))
+    kinds = {"chosen, an end of the grid": frame.chosen & is_end, "chosen": frame.chosen, "discarded": frame.discarded}
+    return np.select([*kinds.values()], [*kinds], "")
 
 
 def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
@@ -276,9 +217,8 @@ def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
     shown = {HEADINGS.get(task, task): frame[task] for task in tasks}
     if len(tasks) > 1 and (frame[tasks].notna().sum(axis=1) <= 1).all():  # each row has a rate of its own on each task
         shown = {"score": frame[tasks].max(axis=1)}
-    marks = ["chosen" if row.chosen else "discarded" if row.discarded else "" for row in frame.itertuples()]
     return pd.DataFrame(
         {"method": frame.row, "learning rate": frame.value.map("{:g}".format)}
         | {heading: scores.map(lambda score: number(score, 1)) for heading, scores in shown.items()}
-        | {"mean z-score": frame.z.map(lambda z: number(z, sign=True)), "": marks}
+        | {"mean z-score": frame.z.map(lambda z: number(z, sign=True)), "": _marks(frame)}
     )

@@ -1,4 +1,4 @@
-"""The study's own statistics: verdicts of claims, their correction, a robust model, exact intervals and power."""
+"""The study's own statistics: verdicts of claims, their correction, a robust model and exact intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from nlu.experiments.statistics import LEVEL, Estimate, error_of_strata
+from nlu.experiments.statistics import LEVEL, Estimate
 
 FREEDOM = 4.0  # of the Student-t errors; Lange, Little and Taylor (JASA 84, 1989) advise 4 for few observations
 # What a claim may expect → the bounds between which the difference is then, in points.
@@ -42,17 +42,6 @@ def holm(p_values: list[float]) -> list[float]:
     """
     ordered = pd.Series(p_values, dtype=float).sort_values()
     return (ordered * np.arange(len(ordered), 0, -1)).clip(upper=1).cummax().sort_index().to_list()
-
-
-def power(points: float, pairs: pd.DataFrame, seeds: int, level: float = 0.05) -> float:
-    """The exact power (non-central t) of the two-sided test of a true difference.
-
-    Args:
-        points: the true difference. pairs: paired differences, whose standard deviations by task are taken as true.
-        seeds: runs of each method on each task. level: that of the test, such as 0.025 for the first of two claims.
-    """
-    error, freedom = error_of_strata(pairs.groupby("task").difference.var(), seeds)
-    return stats.nct.sf(stats.t.isf(level / 2, freedom), freedom, points / error)
 
 
 def failure_interval(failed: int, runs: int) -> tuple[float, float]:

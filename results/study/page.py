@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from nlu.experiments.figures import draw, styles_of, task_names
-from nlu.experiments.page import earlier_page, figure_text, write_page
+from nlu.experiments.page import figure_text, write_page
 from nlu.experiments.statistics import finished, load_measured
 from nlu.experiments.tables import as_csv, markdown, markdown_text, score_frame, setting
-from nlu.experiments.tuning import tuning_runs, tuning_text
+from nlu.experiments.tuning import tried_rates, tuning_text
 from results.study.questions import Question, load_questions
 from results.study.runs import of_question, scored_on_test, still_open, still_tuning, tuning_table
 from results.study.tables import claims_table, printed_claims, printed_scores, score_table, training_table
@@ -41,8 +41,6 @@ def write_study(measured: Path, output: Path, questions: Path) -> None:
     Raises:
         UsageError: for a damaged line or file, which the message names. Nothing is written then.
     """
-    page = output / "README.md"
-    earlier = earlier_page(page, GENERATED, "results/study/make.py")
     runs = load_measured(measured)
     asked = [each for each in load_questions(questions) if {each.experiment, f"{each.experiment}_tuning"} & {*runs}]
     labels = [runs[each.experiment].label for each in asked if each.experiment in runs]
@@ -66,7 +64,8 @@ def write_study(measured: Path, output: Path, questions: Path) -> None:
     if open_questions:
         parts += ["## Open questions\n", *open_questions, ""]
     files |= {f"tables/{kind}.csv": as_csv(pd.concat(each)).encode() for kind, each in frames.items()}
-    write_page(page, earlier, "\n".join([GENERATED, "# Measured results\n", INTRODUCTION, *parts, NOTES]), files)
+    text = "\n".join([GENERATED, "# Measured results\n", INTRODUCTION, *parts, NOTES])
+    write_page(output / "README.md", text, files)
 
 
 def section(
@@ -77,7 +76,7 @@ def section(
     claims, tuning = claims_table(every, question), tuning_table(every)
     rates = done.held_out.all() and len(tuning)
     printed = tuning_text(tuning.rename(columns={"barred": "discarded"})) if rates else printed_scores(every, question)
-    drawn = draw(every, score_frame(every, question.against), tuning_runs(every), styles)
+    drawn = draw(every, score_frame(every, question.against), tried_rates(every), styles)
     drawings = {f"figures/{question.experiment}_{each.kind}.png": each for each in drawn}
     sentences = [f"Measured: {setting(every)}."]
     if question.test:

@@ -10,7 +10,7 @@ from nlu import ROOT
 from nlu.errors import UsageError
 from nlu.experiments.experiment import load_experiment
 from nlu.experiments.statistics import finished
-from nlu.experiments.tuning import Tuning, tuning_frame
+from nlu.experiments.tuning import tuning_frame, tuning_runs
 from results.study.questions import Question
 
 
@@ -70,9 +70,8 @@ def still_open(question: Question, every: pd.DataFrame) -> str | None:
 def still_tuning(question: Question, tuning: pd.DataFrame) -> str:
     """How far the tuning of an experiment without final runs is; its scores are not shown before the finals."""
     path = f"configs/experiments/{question.experiment}.yaml"
-    plan = Tuning(load_experiment(ROOT / path, {"model_name_or_path": "any"}))
-    # A grid that has grown has more runs than the first one.
-    planned = {run.name for run in plan.runs(plan.grids)} | {*tuning.run}
+    first = tuning_runs(load_experiment(ROOT / path, {"model_name_or_path": "any"}))
+    planned = {run.name for run in first} | {*tuning.run}  # a grid that has grown has more runs than the first one
     return f"Measured so far: {len(tuning)} of {len(planned)} tuning runs (`{path}`)."
 
 
@@ -86,6 +85,6 @@ def tuning_table(every: pd.DataFrame) -> pd.DataFrame:
         As :func:`~nlu.experiments.tuning.tuning_frame`, with `barred` for a discarded rate.
     """
     table = tuning_frame(
-        every, discarded=lambda table: table.failed | table.groupby("row").failed.shift(-1, fill_value=False)
+        every, {}, lambda table: table.failed | table.groupby("row").failed.shift(-1, fill_value=False)
     )
     return table.rename(columns={"discarded": "barred"})

@@ -18,10 +18,13 @@ def score_table(every: pd.DataFrame, against: Sequence[str] = ()) -> pd.DataFram
     """One row for each method: nlu's scores and paired differences with the study's further columns.
 
     These are `failed_low` and `failed_high`, the exact interval of the rate of failures; `TASK_validation`, where the
-    score is that of the test rows; and the difference by the Student-t model, with `t_`.
+    score is that of the test rows; the difference by the Student-t model, with `t_`; and the paired difference of the
+    best evaluations, with `best_`.
     """
     done = finished(every)
     scores, fit = score_frame(every, against), student_t(done)
+    best = score_frame(every.assign(last=every.best), against)
+    best = best[best.task == ALL].set_index("row")
     tables = {task: cells.assign(**_validation(done, task, cells.index)) for task, cells in by_task(scores)}
     rows = []
     for whole in scores[scores.task == ALL].to_dict("records"):
@@ -38,8 +41,8 @@ def score_table(every: pd.DataFrame, against: Sequence[str] = ()) -> pd.DataFram
         pairs = paired(done, label, whole["against"])
         known = fit is not None and len(pairs)
         model = fitted_difference(fit, label, whole["against"], pairs.task.unique()) if known else Estimate()
-        row |= difference("t_", model)
-        rows.append(row | {name: whole[name] for name in ("best_difference", "best_low", "best_high")})
+        row |= difference(model, "t_")
+        rows.append(row | {f"best_{name}": best[name][label] for name in ("difference", "low", "high")})
     return pd.DataFrame(rows).astype({"parameters": "Int64"})
 
 
@@ -79,10 +82,10 @@ def claims_table(every: pd.DataFrame, question: Question) -> pd.DataFrame:
     for (claim, against, pairs, result), p in zip(measured, p_values, strict=True):
         named = {"row": claim.label, "against": against, "expected": claim.expect}
         found = verdict(result, claim.expect, p) if len(pairs) else "not measured yet"
-        rows.append(named | {"task": ALL, "pairs": len(pairs)} | difference("", result) | {"p_holm": p})
+        rows.append(named | {"task": ALL, "pairs": len(pairs)} | difference(result) | {"p_holm": p})
         rows[-1] |= {"verdict": found, "published": claim.published, "source": claim.source}
         for task, own in pairs.groupby("task", sort=False) if pairs.task.nunique() > 1 else ():
-            rows.append(named | {"task": task, "pairs": len(own)} | difference("", estimate(own)))
+            rows.append(named | {"task": task, "pairs": len(own)} | difference(estimate(own)))
     return pd.DataFrame(rows)
 
 

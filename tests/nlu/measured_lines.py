@@ -9,7 +9,9 @@ BASES = {"LoRA r=8": "lora", "LoRA r=1": "lora", "AdaLoRA": "adalora"}
 
 
 def line(label: str, task: str, seed: int, scores: list[float], **changes) -> dict:
-    """A finished run; `scores` are fractions, one for each evaluation. A field changed to None is left out."""
+    """A finished run; `scores` are fractions, one for each evaluation. A field changed to None is left out, and the
+    arguments always have the seed.
+    """
     metric = METRIC.get(task, "accuracy")
     steps = [100 * (i + 1) for i in range(len(scores))]
     prunes = label.startswith(("LoRA²", "AdaLoRA"))
@@ -21,7 +23,6 @@ def line(label: str, task: str, seed: int, scores: list[float], **changes) -> di
         "label": label,
         "axes": {"row": label, "task_name": task, "seed": seed},
         "seed": seed,
-        "arguments": {},
         "model": "minilm",
         "evaluations": {"step": steps, "loss": [0.1 + 1 / step for step in steps], metric: scores},
         "metric": metric,
@@ -35,7 +36,8 @@ def line(label: str, task: str, seed: int, scores: list[float], **changes) -> di
         "seconds_per_step": 0.25,
         "peak_memory_bytes": 2**30,
     }
-    return {name: value for name, value in {**made, **changes}.items() if value is not None}
+    made |= changes | {"arguments": {"seed": seed} | changes.get("arguments", {})}
+    return {name: value for name, value in made.items() if value is not None}
 
 
 def write(folder: Path, experiment: str, lines: list[dict]) -> Path:

@@ -1,9 +1,9 @@
 """Experiments and helpers for the tests of sweeps, and a stand-in for run_glue (this file as a program).
 
 The stand-in writes run_glue's record without training. `--weight_decay` selects its behaviour: 0 finishes, 1 fails and
-writes a record, 2 exits with code 2 and the error as its last line, 3 is killed by SIGKILL, 4 runs until SIGTERM, then
-writes an interrupted record and exits with 143, but finishes if started again, 5 fails after it has written a finished
-record, 6 writes a truncated record.
+writes a record, 2 exits with code 2 and the error as its last line, 3 is killed by SIGKILL, 4 runs until SIGTERM (or
+until its sweep is gone), then writes an interrupted record and exits with 143, but finishes if started again, 5 fails
+after it has written a finished record, 6 writes a truncated record.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,14 +47,14 @@ def record_of(folder, run):
 
 def without_processes(monkeypatch):
     """Run the stand-in inside the tests' process, unless it is killed by a signal or waits for one."""
-    start = Launcher.start
+    start, alone = Launcher.start, threading.Lock()
 
-    def start_here(self, command, log):
-        if __file__ not in command or {"--weight_decay=3", "--weight_decay=4"} & set(command):
-            return start(self, command, log)
-        with open(log, "a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+    def start_here(self, command, log, group):
+        if {"--weight_decay=3", "--weight_decay=4"} & set(command):
+            return start(self, command, log, group)
+        with alone, open(log, "a") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = main(command[command.index(__file__) + 1 :])
-        return SimpleNamespace(poll=lambda: code)
+        return SimpleNamespace(wait=lambda: code)
 
     monkeypatch.setattr(Launcher, "start", start_here)
 
@@ -98,7 +99,10 @@ def main(argv: list[str]) -> int:
     if behaviour == 4 and not resumed:
         signal.signal(signal.SIGTERM, lambda *_: (write("interrupted"), sys.exit(143)))
         (folder / "started").touch()
-        time.sleep(600)  # a signal ends it
+        sweep = os.getppid()
+        while os.getppid() == sweep:
+            time.sleep(0.05)
+        return 1
     write("finished")
     if behaviour == 6:
         os.truncate(path, 100)

@@ -31,16 +31,16 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
     flags = ["--methods", "lora2,lora", "--seeds", "2", "--lora_alpha", "32", "--learning_rate", "1e-3"]
     code, out, _ = call(*flags)
     assert code == 0 and "4 run(s) finished now" in out
-    table = (tmp_path / "compare-cola/comparison.md").read_text()
+    table = (tmp_path / "compare-cola/report.md").read_text()
     assert table in out and re.findall(r"^\| (LoRA\S*) ", table, re.MULTILINE) == ["LoRA", "LoRA²"]
-    assert re.search(r"\| +CoLA \|", table) and table.startswith("All runs score 69.3: ")
+    assert re.search(r"\| +CoLA \|", table) and "## compare-cola\n\nAll runs score 69.3: " in table
     lines = read_lines(tmp_path / "measured/compare-cola.jsonl").values()
     assert {(each["method"], each["seed"]) for each in lines} == set(itertools.product(("lora", "lora2"), (1, 2)))
     assert {(each["arguments"]["lora_alpha"], each["arguments"]["eval_strategy"]) for each in lines} == {(32, "epoch")}
     assert "0 run(s) finished now" in call(*flags)[1] and "minus LoRA " in table
     assert "minus LoRA² " in call(*flags, "--reference", "lora2")[1]
     assert "1 run(s) finished now" in call(*flags[:1], "lora,lora2,adalora", "--seeds", "1", *flags[4:])[1]
-    figures = pd.read_csv(tmp_path / "compare-cola/comparison.csv")
+    figures = pd.read_csv(tmp_path / "compare-cola/tables/scores.csv")
     assert set(figures.row) == {"LoRA", "LoRA²", "AdaLoRA"} and set(figures.runs) == {1}  # of the last command
     assert list(figures.scale) == [4] * 6  # for the task and for all tasks
 
@@ -58,16 +58,16 @@ def test_method_whose_runs_failed_has_no_score_and_the_exit_code_is_1(call, tmp_
 def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, monkeypatch):
     """The stand-in's score is highest at 2e-3. A method whose rates all fail has no final runs."""
     code, shown, _ = call("--methods", "lora,full,lora2:weight_decay=1", "--seeds", "2", "--tune")
-    assert code == 1 and "- Tuning: LoRA², weight_decay=1: no final runs: " in shown
-    assert "- Tuning: LoRA: learning rate 0.003, of 0.0003, 0.001, 0.003; it is an end of those tried" in shown
-    assert "- Tuning: full fine-tuning: learning rate 6e-05, of 6.67e-06, 2e-05, 6e-05; it is an end" in shown
+    assert code == 1 and "- No learning rate for LoRA², weight_decay=1: " in shown
+    assert "tuning: LoRA: learning rate 0.0003, 0.001, 0.003 (chosen, an end of the grid)\n" in shown
+    assert "full fine-tuning: learning rate 6.67e-06, 2e-05, 6e-05 (chosen, an end of the grid)\n" in shown
     final = [each["arguments"] for each in read_lines(tmp_path / "measured/compare-cola.jsonl").values()]
     # 3e-3 is nearest to 2e-3; full's file has 2e-5
     assert [(each["method"], each["learning_rate"]) for each in final] == [("full", 6e-5)] * 2 + [("lora", 3e-3)] * 2
     assert not any("holdout_fraction" in each for each in final)
     held_out = [each["arguments"] for each in read_lines(tmp_path / "measured/compare-cola_tuning.jsonl").values()]
     assert {(each["seed"], each["holdout_fraction"]) for each in held_out} == {(101, 0.1)} and len(held_out) == 9
-    assert (tmp_path / "compare-cola/comparison_rates.png").exists()
+    assert (tmp_path / "compare-cola/figures/compare-cola_rates.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -81,6 +81,7 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path, 
         (["--methods", "lora", "--tune", "--learning_rate", "1"], "--tune sets --learning_rate itself"),
         (["--methods", "lora2,lora", "--reference", "full"], "--reference full is none of --methods: lora2, lora"),
         (["--methods", "lora,query,value", "--learning_rate", "1"], "unknown method 'query'"),
+        (["--methods", "lora", "--task_name", "mrpc,stsb"], "takes one --task_name: for several, write an experiment"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line_before_any_run(call, tmp_path, flags, message):

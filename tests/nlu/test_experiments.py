@@ -9,7 +9,7 @@ from nlu.errors import UsageError
 from nlu.experiments.experiment import load_experiment, make_experiment
 from nlu.experiments.lines import read_lines
 from nlu.experiments.names import portable
-from nlu.experiments.tuning import Tuning
+from nlu.experiments.tuning import tuning_runs
 from nlu.json_yaml import parse_yaml, read_json
 from tests.nlu.sweeps import BASIC
 
@@ -51,11 +51,9 @@ def test_committed_lines_match_their_experiment_files(lines):
     if own.exists():
         runs = load_experiment(own, minilm).runs
     else:  # the tuning of an experiment, whose grid may have grown
-        tuning, rates = (
-            Tuning(load_experiment(of, minilm)),
-            {each["arguments"]["learning_rate"] for each in made.values()},
-        )
-        runs = tuning.runs(dict.fromkeys(tuning.grids, tuple(rates)))
+        experiment = load_experiment(of, minilm)
+        rates = {each["arguments"]["learning_rate"] for each in made.values()}
+        runs = tuning_runs(experiment, dict.fromkeys(map(experiment.row, experiment.runs), tuple(rates)))
     there = [run for run in runs if run.name in made]
     assert there and (own.exists() or len(there) == len(made))
     for run in there:
@@ -78,7 +76,7 @@ TWO = {"a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}
 def test_faulty_settings_are_refused(tmp_path):
     rows = {"LoRA": {"method": "lora"}, "LoRA²": {"method": "lora2"}}
     content = BASIC | {"grid": {"row": rows, "task_name": ["cola"], "seed": [1]}}
-    with pytest.raises(UsageError, match=r"^method is set by grid.row LoRA; do not set it elsewhere too$"):
+    with pytest.raises(UsageError, match=r"^method is set by grid.row; do not set it elsewhere too$"):
         make_experiment(**content, settings={"method": "lora"})
     assert make_experiment(**content, settings={"lora_r": 4}).runs[1].arguments["lora_r"] == 4
 
@@ -87,7 +85,7 @@ def test_faulty_settings_are_refused(tmp_path):
     ("changes", "message"),
     [
         ({"overrides": [{"when": {"method": "sora"}, "set": {}}]}, "names method sora, which the grid does not have"),
-        ({"overrides": [{"when": {"method": "lora"}, "set": {"seed": 3}}]}, "seed is an axis of the grid; do not set"),
+        ({"overrides": [{"when": {"method": "lora"}, "set": {"seed": 3}}]}, "seed is set by grid.seed; do not set"),
         ({"overrides": [{"when": {"method": "lora"}, "set": ["ab"]}]}, "the format is explained"),
         ({"exclude": [{"seed": [1, 2]}]}, "no run is left"),
         ({"base": BASIC["base"] | {"do_eval": False}}, "without do_eval a run has no score: leave it out"),

@@ -1,8 +1,8 @@
 """How a sweep starts its runs: the devices and threads of each, and runs that a killed sweep left."""
 
 import contextlib
-import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from nlu.experiments.launcher import Launcher
 from nlu.experiments.sweep_loop import Sweep
 from tests.nlu import sweeps
 from tests.nlu.sweeps import BASIC, ONE
-from tests.nlu.tiny import wait_until
+from tests.nlu.tiny import PATIENCE
 
 # ---- devices, and the runs of a sweep that was killed ----------------------------------------------------------------
 
@@ -24,64 +24,44 @@ FOUR = "CUDA_VISIBLE_DEVICES", ["0", "GPU-5f", "2", "3"]
 
 
 def test_each_of_seven_runs_has_a_device_that_no_other_has_also_after_failures_and_a_resume(tmp_path, monkeypatch):
-    """Stand-ins for processes: each ends after some looks at it, and one seed fails."""
-    busy, used = set(), []
+    """Stand-ins for processes, of which the first four go at once; one seed fails."""
+    busy, used, four = set(), [], threading.Barrier(4)
 
-    class Job:
+    class Process:
         def __init__(self, command, env, **_):
-            self.command, self.device, self.looks, self.code = (
-                command,
-                env["CUDA_VISIBLE_DEVICES"],
-                20 + len(used),
-                None,
-            )
+            self.command, self.device, self.place = command, env["CUDA_VISIBLE_DEVICES"], len(used)
             assert self.device not in busy
             busy.add(self.device)
             used.append(self.device)
 
-        def poll(self):
-            self.looks -= 1
-            if self.looks == 0:
+        def wait(self):
+            if self.place < 4:
+                four.wait(PATIENCE)
+            with alone:
                 busy.remove(self.device)
-                self.code = sweeps.main([*self.command[1:], f"--weight_decay={int('--seed=2' in self.command)}"])
-            return self.code
+                return sweeps.main([*self.command[1:], f"--weight_decay={int('--seed=2' in self.command)}"])
 
+    alone = threading.Lock()
     monkeypatch.setattr(launching, "visible_devices", lambda: FOUR)
-    monkeypatch.setattr(launching, "Job", Job)
-    monkeypatch.setattr(sweep_loop.time, "sleep", lambda _: None)
+    monkeypatch.setattr(launching.subprocess, "Popen", Process)
     content = BASIC | {"grid": ONE | {"seed": [1, 2, 3, 4, 5, 6, 7]}}
 
     def run_all():
         return Sweep(make_experiment(**content), tmp_path / "m", tmp_path / "o", ["run"]).run(Launcher())[0]
 
-    assert run_all() == 1 and len(used) == 7 and used[:4] == FOUR[1] and not busy
-    assert (tmp_path / "o/trial/logs/lora-cola-seed=2.log").read_text() == "devices: CUDA_VISIBLE_DEVICES=GPU-5f\n"
+    assert run_all() == 1 and len(used) == 7 and {*used[:4]} == {*FOUR[1]} and not busy
+    log = (tmp_path / "o/trial/logs/lora-cola-seed=2.log").read_text()
+    assert log in [f"devices: CUDA_VISIBLE_DEVICES={device}\n" for device in FOUR[1]]
     assert run_all() == 1 and len(used) == 8  # the failed one alone
 
 
-def test_more_jobs_than_devices_share_them_evenly_and_a_device_goes_to_the_next(tmp_path, monkeypatch):
+def test_more_jobs_than_devices_share_them_evenly_and_a_device_goes_to_the_next(monkeypatch):
     monkeypatch.setattr(launching, "visible_devices", lambda: FOUR)
-    launcher = Launcher(7)
+    launcher, runs = Launcher(7), [contextlib.ExitStack() for _ in range(8)]
     assert str(launcher) == "CUDA_VISIBLE_DEVICES=0 or GPU-5f or 2 or 3 for a run; 7 runs at once share them"
-    code = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); sys.stdin.read()"
-    pipes = []
-
-    class Piped(launching.Job):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options | {"stdin": subprocess.PIPE})
-            pipes.append(self.stdin)
-
-    monkeypatch.setattr(launching, "Job", Piped)
-    logs = [tmp_path / f"{number}" for number in range(8)]
-    jobs = [launcher.start([sys.executable, "-c", code], log) for log in logs[:7]]
-    pipes[2].close()
-    assert wait(jobs[2]) == 0
-    jobs.append(launcher.start([sys.executable, "-c", code], logs[7]))
-    for job, pipe in zip(jobs, pipes, strict=True):
-        pipe.close()
-        wait(job)
-    own = [log.read_text().splitlines()[1] for log in logs]
-    assert own == [*FOUR[1], "0", "GPU-5f", "2", "2"]
+    assert [run.enter_context(launcher.devices()) for run in runs[:7]] == [*FOUR[1], "0", "GPU-5f", "2"]
+    runs[1].close()
+    assert runs[7].enter_context(launcher.devices()) == "GPU-5f"
     pairs = Launcher(gpus_per_run=2)
     assert pairs.jobs == 2 and pairs.groups == ["0,GPU-5f", "2,3"]
     with pytest.raises(UsageError, match="--gpus_per_run 5: 4 devices are visible"):
@@ -127,9 +107,9 @@ def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp
     (sweep.folder / run.name).mkdir(parents=True)
     sweep.log(run).parent.mkdir()
     sweep.log(run).write_text("devices: CUDA_VISIBLE_DEVICES=0\n")
-    launcher, started, looks, lock = Launcher(), [], [], sweep.folder / run.name / ".lock"
+    started, looks, lock = [], [], sweep.folder / run.name / ".lock"
 
-    class Job:
+    class Process:
         def __init__(self, command, env, **_):
             self.refused = run.name in command[-1]
             if self.refused:
@@ -138,7 +118,7 @@ def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp
                 started.append(env["CUDA_VISIBLE_DEVICES"])
                 sweeps.main(command[1:])
 
-        def poll(self):
+        def wait(self):
             return 2 if self.refused else 0
 
     def sleep(_):
@@ -147,32 +127,30 @@ def test_a_run_that_an_earlier_sweep_left_is_waited_for_and_keeps_its_device(tmp
             sweeps.main(sweep.command_line(run)[1:])
             held.close()
 
-    monkeypatch.setattr(launching, "Job", Job)
+    monkeypatch.setattr(launching.subprocess, "Popen", Process)
     monkeypatch.setattr(sweep_loop.time, "sleep", sleep)
     with contextlib.ExitStack() as held:
         if not late:
             held.enter_context(locked(lock))
-        assert sweep.run(launcher)[0] == 0
+        assert sweep.run(Launcher())[0] == 0
     assert looks[:2] == ["running"] * 2 and sweep.states() == {run.name: "finished", other.name: "finished"}
     assert late or started == ["GPU-5f"]  # the other run, on the next device
     out, err = capsys.readouterr()
-    assert "2 run(s) finished now, 0 failed" in out and f"{run.name}: an earlier sweep's process still runs it" in err
+    assert "2 run(s) finished now, 0 failed" in out
+    assert late or f"{run.name}: an earlier sweep's process still runs it" in err
 
 
 # ---- threads --------------------------------------------------------------------------------------------------------
 
 
-def wait(job):
-    wait_until(lambda: job.poll() is not None)
-    return job.poll()
-
-
 @pytest.mark.parametrize(("jobs", "asked", "threads"), [(3, "", 2), (3, "5", 5)])
-def test_a_run_has_its_share_of_the_threads_and_its_exit_code_is_known(tmp_path, monkeypatch, jobs, asked, threads):
+def test_a_run_has_its_share_of_the_threads_its_devices_and_its_exit_code(tmp_path, monkeypatch, jobs, asked, threads):
     """The threads are its share of 8 cores, or the number in OMP_NUM_THREADS."""
+    monkeypatch.setattr(launching, "visible_devices", lambda: FOUR)
     monkeypatch.setattr(launching, "available_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     log = tmp_path / "log"
-    code = "import os, sys; print(os.environ['OMP_NUM_THREADS']); sys.exit(7)"
-    assert wait(Launcher(jobs).start([sys.executable, "-c", code], log)) == 7
-    assert log.read_text() == f"{threads}\n"
+    code = "import os, sys; print(*map(os.environ.get, ['OMP_NUM_THREADS', 'CUDA_VISIBLE_DEVICES'])); sys.exit(7)"
+    assert Launcher(jobs).start([sys.executable, "-c", code], log, "GPU-5f").wait(PATIENCE) == 7
+    assert log.read_text() == f"devices: CUDA_VISIBLE_DEVICES=GPU-5f\n{threads} GPU-5f\n"
+    assert launching.group_in(log) == "GPU-5f"

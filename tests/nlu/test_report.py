@@ -7,12 +7,12 @@ import pytest
 
 from nlu import report
 from nlu.experiments.experiment import make_experiment
-from nlu.experiments.fairness import planned_scales, unlike_scales
+from nlu.experiments.fairness import unlike_scales
 from nlu.experiments.figures import Drawing, draw, styles_of
 from nlu.experiments.sentences import advice, answer
 from nlu.experiments.statistics import as_frame, references
 from nlu.experiments.tables import score_frame
-from nlu.experiments.tuning import tuning_runs
+from nlu.experiments.tuning import tried_rates
 from tests.nlu.measured_lines import line, trial, write
 
 
@@ -24,7 +24,7 @@ def make(tmp_path, capsys, monkeypatch):
     def call(lines, **more):
         for name, own in {"trial": lines, **more}.items():
             write(tmp_path / "measured", name, own)
-        code, page = report.main(["--measured_dir", str(tmp_path / "measured")]), tmp_path / "README.md"
+        code, page = report.main(["--measured_dir", str(tmp_path / "measured")]), tmp_path / "report.md"
         return code, page.read_text(encoding="utf-8") if page.exists() else "", capsys.readouterr().err
 
     return call
@@ -36,7 +36,7 @@ def scores(folder):
 
 def drawn(lines, tuning=()):
     """The figures of made-up lines, by kind."""
-    runs, tried = as_frame(lines), tuning_runs(as_frame(tuning))
+    runs, tried = as_frame(lines), tried_rates(as_frame(tuning))
     return {each.kind: each for each in draw(runs, score_frame(runs, references(runs)), tried, styles_of(runs.label))}
 
 
@@ -57,17 +57,12 @@ def test_a_difference_over_all_tasks_needs_runs_on_all_of_them(make):
     assert re.search(r"^\| LoRA² k=8 .*\| +LoRA r=8 \| +– \|", page, re.M)
 
 
-def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, tmp_path):
+def test_same_lines_give_the_same_bytes(make, tmp_path):
     make(trial())
     first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")}
-    for name in ("mine.png", "old_curves.png"):
-        (tmp_path / f"figures/{name}").touch()
-    with (tmp_path / "README.md").open("a") as page:
-        page.write("[curves](figures/old_curves.png)")
     make(trial()[::-1])
-    assert all(path.read_bytes() == content for path, content in first.items())
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {"mine.png", "trial_differences.png", "trial_curves.png"}
+    assert len(first) == 2 and all(path.read_bytes() == content for path, content in first.items())
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"trial_differences.png", "trial_curves.png"}
 
 
 def test_setting_comes_from_the_lines(make, tmp_path, monkeypatch):
@@ -78,7 +73,7 @@ def test_setting_comes_from_the_lines(make, tmp_path, monkeypatch):
     write(tmp_path / "output/measured", "own", lines)  # max_steps ends the second run before its epochs
     monkeypatch.chdir(tmp_path)
     assert report.main([]) == 0  # in the default folders
-    page = (tmp_path / "output/README.md").read_text()
+    page = (tmp_path / "output/report.md").read_text()
     assert "## own" in page and "published" not in page
     assert "Measured: minilm; 3 epochs; 6 steps; at most 100 validation rows in some runs; 1 seed; AMD EPYC." in page
 
@@ -103,9 +98,8 @@ def test_papers_table_has_last_best_and_published_scores_of_each_task(make):
     assert page.count("The printed average of lora2 k=8 (89.68)") == 1 and "average 89.43" in page
     fewer = [each for each in lines if each["task"] != "rte"]
     assert "as printed" not in make(fewer)[1]  # the paper's average has this task
-    same = [
-        line(label, "rte", 1, [0.5], **{name: lines[-1][name] for name in ("model", "arguments")}) for label in "ab"
-    ]
+    own = {"model": "deberta-v3-base", "arguments": {"method_config": "lora2"}}
+    same = [line(label, "rte", 1, [0.5], **own) for label in "ab"]
     assert "published" not in make(same)[1]  # neither is the paper's row
     small = {"model": "deberta-v3-base", "arguments": {"method_config": "hadapter_m8"}}
     page = make([line("Houlsby", "rte", 1, [0.5], **small)])[1]
@@ -140,15 +134,13 @@ def test_tuning_is_shown_with_its_experiment_and_alone(make):
     assert lines == [([1e-3, 2e-3, 4e-3], [50, 70, 60]), ([8e-3], [0])]
 
 
-def test_failed_runs_are_counted_and_runs_without_a_score_and_other_seeds_are_named(make, tmp_path):
+def test_failed_runs_are_counted_and_those_without_a_score_are_named(make, tmp_path):
     lost = line("LoRA r=8", "cola", 3, [0.1], training_loss=[0.6] * 20, constant_loss=0.6)
     crashed = line("LoRA r=8", "cola", 4, [0.1], status="failed", error="boom")
-    other = [line("AdaLoRA", "cola", seed, [0.5]) for seed in (1, 2)]
-    page = make([line("LoRA r=8", "cola", s, [0.5]) for s in (1, 2)] + [lost, crashed, *other])[1]
+    page = make([line("LoRA r=8", "cola", s, [0.5]) for s in (1, 2)] + [lost, crashed])[1]
     row = scores(tmp_path).set_index(["row", "task"]).loc["LoRA r=8", "cola"]
     assert (row.failed, row.runs, row.finished) == (2, 4, 3) and row.score == pytest.approx(110 / 3)
-    assert "- 1 of 6 runs ended early and have no score: LoRA r=8 on CoLA." in page
-    assert "- The seeds differ on CoLA (LoRA r=8: 1, 2, 3, 4; AdaLoRA: 1, 2): only runs of the same seed" in page
+    assert "- 1 of 4 runs ended early and have no score: LoRA r=8 on CoLA." in page
 
 
 def test_experiment_without_a_finished_run_says_so(make, tmp_path):
@@ -157,27 +149,17 @@ def test_experiment_without_a_finished_run_says_so(make, tmp_path):
     part = "No run has finished.\n\n- 1 of 1 runs ended early and have no score: AdaLoRA on RTE.\n"
     assert f"## bad\n\n{part}\n## trial\n" in page
     page = make([line("LoRA r=8", "rte", 1, [0.5])], bad=[], bad_tuning=tuned({1e-3: None, 2e-3: None}))[1]
-    assert "## bad\n\nNo run has finished.\n\n" in page and "chosen |" not in page
+    assert "## bad\n\nNo run has finished.\n\n- No learning rate for LoRA r=8: " in page and "chosen |" not in page
 
 
-def test_rows_that_differ_in_their_scale_are_named(make):
-    """α/r of the published settings on RTE."""
-    settings = {"LoRA r=8": (32, 8), "AdaLoRA": (32, 12), "LoRA² k=8": (32, 4)}
-    lines = [
-        line(label, "rte", 1, [0.5], arguments={"lora_alpha": alpha, "lora_r": r})
-        for label, (alpha, r) in settings.items()
-    ]
-    assert "(RTE: LoRA r=8 4, AdaLoRA 2.67, LoRA² k=8 8)." in make(lines)[1]
-    assert "α/r differs" not in make(lines[:1])[1]
-    assert "(RTE: AdaLoRA 2.67, LoRA² k=8 8)." in make(lines, trial_tuning=tuned({1e-3: 0.5, 2e-3: 0.6}))[1]
+def test_a_sweep_warns_of_rows_that_differ_in_their_scale_if_they_are_not_tuned():
     grid = {"method": ["lora", "lora_r1", "full"], "task_name": ["rte"], "seed": [1]}
-    base = {"model_name_or_path": "encoder", "learning_rate": 1e-3}
-    planned = planned_scales(make_experiment("own", grid, base=base).runs)  # what a sweep warns of
-    assert planned == {"rte": {"LoRA": 2, "LoRA r1": 16, "full fine-tuning": None}}
-    assert unlike_scales(planned)[0].endswith("(RTE: LoRA 2, LoRA r1 16).")
     base = {"model_name_or_path": "encoder"}
-    tune = {"learning_rate": [1e-3, 2e-3]}  # each row has a rate of its own
-    assert unlike_scales(planned_scales(make_experiment("own", grid, base=base, tune=tune).runs)) == []
+    fixed, equal = base | {"learning_rate": 1e-3}, {"when": {"method": "lora_r1"}, "set": {"lora_alpha": 2}}
+    (warning,) = unlike_scales(make_experiment("own", grid, base=fixed).runs)
+    assert warning.endswith("not equal steps (RTE: LoRA 2, LoRA r1 16).")
+    assert unlike_scales(make_experiment("own", grid, base=fixed, overrides=[equal]).runs) == []
+    assert unlike_scales(make_experiment("own", grid, base=base, tune={"learning_rate": [1e-3, 2e-3]}).runs) == []
 
 
 def test_answer_names_the_better_method_and_the_difference():
@@ -226,10 +208,3 @@ def test_a_row_keeps_its_colour_in_every_figure():
             colours.setdefault(name.partition(" − ")[0], set()).add((each.get_color(), each.get_marker()))
     assert set(colours) == {"LoRA r=8", "LoRA r=1", "LoRA² k=8", "LoRA² k=1"}
     assert all(len(looks) == 1 for looks in colours.values()) and len(set.union(*colours.values())) == 4
-
-
-def test_page_that_is_no_report_is_kept(make, tmp_path):
-    (tmp_path / "README.md").write_text("# Mine\n")
-    code, _, said = make(trial())
-    assert code == 2 and "was not written by report.py and would be replaced: give another --output_dir" in said
-    assert (tmp_path / "README.md").read_text() == "# Mine\n" and not (tmp_path / "figures").exists()

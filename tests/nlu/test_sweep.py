@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -21,6 +23,7 @@ from nlu.experiments.page import write_report
 from nlu.experiments.sweep_loop import Sweep
 from nlu.runs.machine import git_commit
 from nlu.runs.signals import handled_by
+from tests.nlu import sweeps
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
 from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, wait_until
@@ -124,13 +127,22 @@ def test_rerun_of_a_failed_run_removes_its_old_line_first(run_sweep, tmp_path):
     assert run_sweep(content)[0] == 1 and len(lines_of(tmp_path)) == 3
     seen = []
 
-    def start(command, log):
+    def start(command, log, group):
         seen.append(("--overwrite_output_dir" in command, list(lines_of(tmp_path))))
         raise UsageError("enough")
 
     with pytest.raises(UsageError, match="enough"):
         sweep_here(tmp_path, start, content)
-    assert seen == [(True, ["lora-cola-seed=2", "lora-cola-seed=3"])]
+    assert seen[0] == (True, ["lora-cola-seed=2", "lora-cola-seed=3"])
+
+
+def test_a_run_whose_command_drops_an_argument_has_no_line(tmp_path, capsys):
+    def start(command, log, group):
+        code = sweeps.main([word for word in command[1:] if not word.startswith("--seed")])
+        return SimpleNamespace(wait=lambda: code)
+
+    assert sweep_here(tmp_path, start, BASIC | {"grid": ONE}) == 1 and lines_of(tmp_path) == {}
+    assert "it ran with other arguments than asked for (seed 42 → 1)" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -155,50 +167,39 @@ def test_a_stopped_sweep_lets_its_runs_save_and_continues(tmp_path):
     assert list(lines_of(tmp_path)) == ["lora-cola-seed=1"] and record_of(tmp_path, "lora-cola-seed=1")["resumes"] == 1
 
 
-def test_own_files_replace_a_task_and_their_folder_is_not_recorded(run_sweep, tmp_path):
-    for name in ("train", "other", "dev"):
-        (tmp_path / f"{name}.csv").write_text(f"sentence,label\n{name},1\n")
-    base = {**BASIC["base"], "validation_file": str(tmp_path / "dev.csv")}
-    grid = {"method": ["lora"], "train_file": [str(tmp_path / f"{name}.csv") for name in ("train", "other")]}
-    content = {"name": "own", "base": base, "grid": {**grid, "seed": [1]}}
-    assert run_sweep(content)[0] == 0
-    lines = lines_of(tmp_path, "own")
-    named = {(line["label"], line["task"]) for line in lines.values()}
-    assert named == {("LoRA", tmp_path.name), ("LoRA", "other")}  # train.csv has the name of its folder
-    assert set(lines) == {"lora-train.csv-seed=1", "lora-other.csv-seed=1"} and str(tmp_path) not in json.dumps(lines)
-
-
 # ---- the loop, with stand-ins for started runs -----------------------------------------------------------------------
 
 
 def sweep_here(tmp_path, start, content):
-    """Sweep an experiment, starting its runs with `start`; returns the exit code."""
-    launcher = Launcher(2)
+    """Sweep an experiment, starting one run at a time with `start`; returns the exit code."""
+    launcher = Launcher(1, use_cpu=True)
     launcher.start = start
     return Sweep(make_experiment(**content), tmp_path / "measured", tmp_path / "output", ["run"]).run(launcher)[0]
 
 
 def test_a_second_signal_ends_the_runs_at_once_and_the_first_one_gives_the_exit_code(tmp_path):
-    class Job:
-        def poll(self):
-            looks.append(self)
-            assert len(looks) < 50, "it is not killed"
-            if signals and len(heard) + len(signals) == 2:  # the second signal, once the first has been passed on
-                os.kill(os.getpid(), signals.pop(0))
-            return -9 if True in heard else None
+    code = "import signal, sys, time; signal.signal(15, lambda *_: print(1, flush=True)); print(0, flush=True)\n"
+    code += "while True: time.sleep(1)"
+    started, launcher = [], Launcher(1, use_cpu=True)
 
-        def stop(self, at_once=False):
-            heard.append(at_once)
+    def start(command, log, group):
+        started.append(Launcher.start(launcher, [sys.executable, "-c", code], log, group))
+        threading.Thread(target=interrupt, args=[log]).start()
+        return started[0]
 
-    signals, heard, looks = [signal.SIGINT, signal.SIGTERM], [], []
+    def interrupt(log):
+        for number, heard in ((signal.SIGINT, "0\n"), (signal.SIGTERM, "0\n1\n")):
+            wait_until(lambda heard=heard: log.read_text() == heard)
+            os.kill(os.getpid(), number)
+
     with handled_by(signal.default_int_handler, [signal.SIGINT]):  # a shell's background job ignores it
-        code = sweep_here(tmp_path, lambda command, log: Job(), BASIC | {"grid": ONE})
-    assert heard == [False, True] and code == 128 + signal.SIGINT
+        assert sweep_here(tmp_path, start, BASIC | {"grid": ONE | {"seed": [1, 2]}}) == 128 + signal.SIGINT
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
 def test_two_sweeps_of_one_name_do_not_write_one_file_of_lines(tmp_path, capsys):
-    def start(command, log):
-        with pytest.raises(UsageError, match=r"another sweep is running in .*, or writes .*trial.jsonl"):
+    def start(command, log, group):
+        with pytest.raises(UsageError, match=r"another sweep is running and writes .*trial.jsonl"):
             Sweep(make_experiment(**content), tmp_path / "measured", tmp_path / "elsewhere", ["run"]).run(None)
         raise UsageError("enough")
 
@@ -215,17 +216,18 @@ def test_the_report_names_runs_that_have_not_ended_and_shows_a_tunings_last_grid
     refused = {"when": {"method": "lora2", "task_name": "rte"}, "set": {"weight_decay": 2}}
     assert run_sweep(BASIC | {"tune": tune, "overrides": [refused]}, "--rerun_changed")[0] == 1
     write_report(tmp_path / "measured", tmp_path)
-    page = (tmp_path / "README.md").read_text()
-    assert "- 4 of 8 planned run(s) have not ended: LoRA² on CoLA, RTE (4).\n" in page
-    assert "- 2 of 8 planned tuning run(s) have not ended: LoRA² on RTE (2).\n" in page
-    assert re.findall(r"^\| (LoRA²?) +\| +(0.\d+) .* (\w*) \|$", page, re.M) == [
-        ("LoRA", "0.001", "chosen"), ("LoRA", "0.004", ""), ("LoRA²", "0.001", ""), ("LoRA²", "0.004", "")
-    ]  # fmt: skip
+    page = (tmp_path / "report.md").read_text()
+    assert "- No learning rate for LoRA²: runs of the tuning have not ended, or all failed.\n" in page
+    assert "- 4 of 8 planned run(s) have not ended: LoRA² (4).\n" in page
+    assert "- 2 of 8 planned tuning run(s) have not ended: LoRA² (2).\n" in page
+    marks = re.findall(r"^\| (LoRA²?) +\| +(0.\d+) .*\| *([^|]*?) \|$", page, re.M)
+    assert marks[0] == ("LoRA", "0.001", "chosen, an end of the grid")
+    assert marks[1:] == [("LoRA", "0.004", ""), ("LoRA²", "0.001", ""), ("LoRA²", "0.004", "")]
     for name in ("trial.jsonl", "trial.plan.json"):  # as while the tuning runs
         (tmp_path / "measured" / name).unlink()
     write_report(tmp_path / "measured", tmp_path)
-    page = (tmp_path / "README.md").read_text()
-    assert "## trial\n\nNo run has finished.\n\n- 2 of 8 planned tuning run(s) have not ended" in page
+    page = (tmp_path / "report.md").read_text()
+    assert "## trial\n\nNo run has finished.\n\n- No learning rate for LoRA²" in page
 
 
 def test_data_that_are_not_there_are_refused_in_one_line_before_any_run(run_sweep, tmp_path):
