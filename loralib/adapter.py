@@ -232,16 +232,20 @@ def _check_base(model: nn.Module, config: AdapterConfig) -> None:
     """Raises ValueError unless the base's weights are those that the adapter was trained on."""
     if base_fingerprint(model, config.head) != config.base_fingerprint:
         raise ValueError(
-            f"the base's weights are not those the adapter was trained on: {_origin(config)} (a new head that was left "
+            f"the base's weights are not those the adapter was trained on: {_base_of(config)} (a new head that was left "
             "frozen counts as base: unfreeze it before the training; allow_other_base accepts another base)"
         )
 
 
-def _origin(config: AdapterConfig) -> str:
+def _base_of(config: AdapterConfig) -> str:
     base = ", revision ".join(filter(None, (config.base_model, config.base_revision)))
-    layers = " and ".join(sorted({f"{each.kind} (r={each.r}, widths={each.widths})" for each in config.groups}))
-    made_for = f"the adapter was made for a {config.architecture}" + (f" ({base})" if base else "")
-    return made_for + (f" with layers {layers:.200}" if layers else "")
+    return f"the adapter was made for a {config.architecture}" + (f" ({base})" if base else "")
+
+
+def _origin(config: AdapterConfig) -> str:
+    shapes = ((each.kind, each.r, each.widths) for each in config.groups)
+    layers = {f"{kind} (r={r}" + (f", widths={widths})" if widths else ")") for kind, r, widths in shapes}
+    return _base_of(config) + (f" with layers {' and '.join(sorted(layers)):.200}" if layers else "")
 
 
 def _install(
