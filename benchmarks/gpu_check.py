@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from benchmarks import losses, run
 from benchmarks.report import Measurement, section
-from benchmarks.rows import ENCODERS, Shape, row_named
+from benchmarks.rows import ENCODERS, Shape, Trained, row_named, train_step
 from loralib.files import write_text
 from nlu import ROOT
 from nlu.experiments.launcher import available_cores
@@ -105,14 +105,15 @@ def no_synchronisation() -> str:
         found = []
         for dtype in ("float32", "bfloat16"):
             with tempfile.TemporaryDirectory() as folder:
-                _, applied, rows = losses.prepared(flags, folder, 6, DEVICE, dtype)
-            applied.model.to(DEVICE).train()
+                _, model, low_rank, rows = losses.prepared(flags, folder, 6, DEVICE, dtype)
+            model.to(DEVICE).train()
             batch = {key: torch.stack([row[key] for row in rows[: losses.BATCH]]).to(DEVICE) for key in rows[0]}
-            optimizer = torch.optim.AdamW([p for p in applied.model.parameters() if p.requires_grad], 1e-3, fused=True)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, fused=True)
+            trained = Trained(model, optimizer, dtype == "bfloat16", low_rank)
             for number in range(1, 7):  # step 1 moves what is kept between steps; 2 scores, 4 to 6 prune
                 torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
                 try:
-                    losses.step(applied, optimizer, batch, autocast=dtype == "bfloat16")
+                    train_step(trained, batch)
                 except RuntimeError as error:
                     found.append(f"{name} in {dtype}: {str(error).splitlines()[0]}")
                     break

@@ -28,12 +28,12 @@ from torch import nn
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from benchmarks.rows import Sizes, Trained, encoder, train_step
+from benchmarks.rows import Sizes, encoder
+from loralib.training import Training
 from nlu.arguments import Arguments
 from nlu.command_line import METHOD_FOLDER, method_file, parse_arguments
 from nlu.errors import OneLineParser, UsageError, program
 from nlu.fast import speed_up
-from nlu.methods.method import AppliedMethod
 from nlu.methods.registry import METHODS
 from nlu.model import set_precision
 from nlu.runs.console import ProgressLines
@@ -91,21 +91,14 @@ def arguments_of(flags: list[str], folder: str, steps: int, device: str, dtype: 
 
 def prepared(
     flags: list[str], folder: str, steps: int, device: str, dtype: str
-) -> tuple[Arguments, AppliedMethod, list]:
-    """The arguments, the model with the method applied (still on the CPU), and the rows."""
+) -> tuple[Arguments, nn.Module, Training, list]:
+    """The arguments, the model with the method applied (still on the CPU), the method's part, and the rows."""
     arguments = arguments_of(flags, folder, steps, device, dtype)
     model, rows = problem()
     speed_up(model, device=torch.device(device))
-    applied = METHODS[arguments.method].apply(model, arguments, steps)
-    set_precision(arguments, applied.model)
-    return arguments, applied, rows
-
-
-def step(
-    applied: AppliedMethod, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], autocast: bool = False
-) -> torch.Tensor:
-    """Take one step as the Trainer does, with only the model's and the method's own work. Returns the loss."""
-    return train_step(Trained(applied.model, optimizer, autocast, applied.low_rank), batch)
+    low_rank = METHODS[arguments.method].apply(model, arguments, steps)
+    set_precision(arguments, model)
+    return arguments, model, low_rank, rows
 
 
 class _Recording(GlueTrainer):
@@ -122,10 +115,10 @@ class _Recording(GlueTrainer):
 def losses(flags: list[str], steps: int = STEPS, device: str = "cpu", dtype: str = "float32") -> list[float]:
     """The losses of the first steps, the regulariser included: float32 numbers in their shortest decimal form."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments, applied, rows = prepared(flags, folder, steps, device, dtype)
+        arguments, model, low_rank, rows = prepared(flags, folder, steps, device, dtype)
         task = TASKS["cola"]
         training = trainer_arguments(arguments, task.metric)
-        trainer = _Recording(arguments, training, task, applied, {"train": rows}, tokenizer=None)
+        trainer = _Recording(arguments, training, task, model, low_rank, {"train": rows}, tokenizer=None)
         trainer.data_collator = default_data_collator  # all rows have one length
         trainer.remove_callback(ProgressLines)  # standard output is for the result
         trainer.train()

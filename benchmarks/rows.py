@@ -154,16 +154,16 @@ def build(row: Row, shape: Shape) -> Trained:
     with torch.device(shape.device):  # a GPU draws the weights a hundred times faster
         model = encoder(shape.sizes)
     speed_up(model, row.without, torch.device(shape.device))
-    applied = METHODS[arguments.method].apply(model, arguments, STEPS)
-    set_precision(arguments, applied.model)
-    applied.model.to(shape.device)
-    rates = applied.own_rates()
+    method = METHODS[arguments.method]
+    low_rank = method.apply(model, arguments, STEPS)
+    set_precision(arguments, model)
+    model.to(shape.device)
+    rates = method.own_rates(model, arguments)
     apart = {id(p) for parameters, _ in rates for p in parameters}
-    rest = [p for p in applied.model.parameters() if p.requires_grad and id(p) not in apart]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     groups = [{"params": ps, "lr": ratio * LEARNING_RATE} for ps, ratio in [(rest, 1.0), *rates] if ps]
     optimizer = torch.optim.AdamW(groups, LEARNING_RATE, weight_decay=0.01, fused=True)
-    autocast = arguments.bf16 and METHODS[arguments.method].needs_autocast
-    return Trained(applied.model, optimizer, autocast, applied.low_rank)
+    return Trained(model, optimizer, arguments.bf16 and method.needs_autocast, low_rank)
 
 
 def make_batch(shape: Shape) -> dict[str, torch.Tensor]:

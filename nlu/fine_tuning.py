@@ -127,9 +127,9 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
     set_seed(training.seed)
     with without_accelerate_fsdp() as sharded:
         model = load_model(arguments, config, head)
-        applied = METHODS[arguments.method].apply(model, arguments, total_steps)
+        low_rank = METHODS[arguments.method].apply(model, arguments, total_steps)
         warm_start = start_from_adapter(model, arguments) if arguments.lora_path else None
-        set_precision(arguments, applied.model)
+        set_precision(arguments, model)
         if sharded:
             from loralib.interop.sharding import shard_frozen  # needs a torch with FSDP2
 
@@ -137,7 +137,7 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
                 shard_frozen(model, training.device.type)
             except (ValueError, RuntimeError) as error:
                 raise UsageError(f"FSDP: {error}") from None
-        trainer = GlueTrainer(arguments, training, task, applied, splits, tokenizer, weights)
+        trainer = GlueTrainer(arguments, training, task, model, low_rank, splits, tokenizer, weights)
     if training.do_train:  # a missing package or a wrong argument of theirs shows before an older run is deleted
         try:
             trainer.create_optimizer_and_scheduler(total_steps)

@@ -28,11 +28,12 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralib.recipes.trainer_mixin import LowRankTrainerMixin
+from loralib.training import Training
 from nlu.arguments import Arguments
 from nlu.data.batching import LengthBucketSampler, SeededRandomSampler, effective_batch_size
 from nlu.errors import RunError, UsageError, reason
-from nlu.methods.method import AppliedMethod, head_parameters
-from nlu.methods.registry import METHODS
+from nlu.methods.method import head_parameters
+from nlu.methods.registry import METHODS, update_numbers
 from nlu.metrics import compute_glue_metrics, to_labels
 from nlu.runs.console import ProgressLines
 from nlu.runs.machine import peak_memory_bytes
@@ -88,7 +89,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     Args:
         arguments: the run's. training: transformers' arguments, made from them.
         task: decides whether the loss is a squared error or a cross entropy.
-        applied: the method, already applied to its model. splits: the tokens of each split.
+        model: the method is applied to it already. low_rank: what the method does beside the optimiser.
+        splits: the tokens of each split.
         class_weights: weight of each class in the training loss, with a mean of 1 over the rows; None for equal ones.
     """
 
@@ -97,12 +99,13 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         arguments: Arguments,
         training: TrainingArguments,
         task: Task,
-        applied: AppliedMethod,
+        model: nn.Module,
+        low_rank: Training,
         splits: dict[str, Dataset],
         tokenizer: Any,
         class_weights: list[float] | None = None,
     ) -> None:
-        self.arguments, self.task, self.applied, self.splits = arguments, task, applied, splits
+        self.arguments, self.task, self.splits = arguments, task, splits
         self.validation = [splits[split] for split in task.validation_splits if split in splits]
         self.clock = StepClock(self)
         self.step_losses = torch.zeros(0)  # of this process, on the device
@@ -112,8 +115,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         if arguments.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
         super().__init__(
-            model=applied.model,
-            low_rank=applied.low_rank,
+            model=model,
+            low_rank=low_rank,
             args=training,
             train_dataset=splits.get("train"),
             eval_dataset=self.validation[0] if self.validation else None,
@@ -210,10 +213,10 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As the Trainer's, with a further group for parameters that have their own learning rate."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        rates = self.applied.own_rates()
+        rates = METHODS[self.arguments.method].own_rates(self.model, self.arguments)
         if self.arguments.head_learning_rate is not None:
             ratio = self.arguments.head_learning_rate / self.args.learning_rate
-            rates.append((head_parameters(self.applied.model), ratio))
+            rates.append((head_parameters(self.model), ratio))
         for parameters, ratio in rates:
             apart = set(map(id, parameters))
             for group in list(optimizer.param_groups):
@@ -313,7 +316,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs |= {"seconds": round(self.clock.seconds, 3), "memory_bytes": peak_memory_bytes()}
-            logs |= self.applied.statistics()
+            logs |= update_numbers(self.model)
             if (ranks := self.low_rank.ranks) is not None:
                 logs |= {"budget": ranks.budget, "live": ranks.live}
         super().log(logs, *args, **kwargs)

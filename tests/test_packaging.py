@@ -58,15 +58,14 @@ def test_each_program_has_a_help_page(name, capsys):
 
 METHOD = """
 from nlu.arguments import AT_LEAST_1, Flag
-from nlu.methods.method import AppliedMethod, Method, train_only
+from nlu.methods.method import Method, train_only
 
 WIDTH = Flag("toy_layers", int, 1, "Layer norms that train.", AT_LEAST_1)
 
 
 def _apply(model, args, total_steps):
     norms = [m for m in model.base_model.modules() if type(m).__name__ == "LayerNorm"][: args.toy_layers]
-    train_only(model, [p for norm in norms for p in norm.parameters()])
-    return AppliedMethod(model)
+    return train_only(model, [p for norm in norms for p in norm.parameters()])
 
 
 METHODS = (Method("toy", "Toy", 45, _apply, (WIDTH,), needs_autocast=True),)

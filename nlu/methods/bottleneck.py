@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from nlu.arguments import AT_LEAST_1, Flag
 from nlu.errors import UsageError
-from nlu.methods.method import AppliedMethod, Method, train_only
+from nlu.methods.method import Method, train_only
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from loralib.training import Training
     from nlu.methods._bottleneck_layer import BottleneckAdapter
 
 PLACES = {"hadapter": ("attention.output", "layer.output"), "padapter": ("layer.output",)}
@@ -66,16 +67,14 @@ def add_adapters(model: nn.Module, kind: str, size: int) -> list[BottleneckAdapt
 ADAPTER_SIZE = Flag("adapter_size", int, 16, "Bottleneck size of the Houlsby and Pfeiffer adapters.", AT_LEAST_1)
 
 
-def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+def _apply(model: nn.Module, args: Any, total_steps: int) -> Training:
     adapters = add_adapters(model, args.method, args.adapter_size)
-    train_only(model, [p for adapter in adapters for p in adapter.parameters()])
-    return AppliedMethod(model)
+    return train_only(model, [p for adapter in adapters for p in adapter.parameters()])
 
 
 def _method(name: str, display: str, order: int) -> Method:
     return Method(
-        name, display, order, _apply, (ADAPTER_SIZE,),
-        rebuild=lambda model, args, card: add_adapters(model, args.method, args.adapter_size),
+        name, display, order, _apply, (ADAPTER_SIZE,), card=lambda args: {"adapter_size": args.adapter_size}
     )  # fmt: skip
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nlu.errors import UsageError
-from nlu.methods.method import AppliedMethod, Method, train_only
+from nlu.methods.method import Method, train_only
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from loralib.training import Training
 
-def _full(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
-    train_only(model, model.parameters())
-    return AppliedMethod(model)
+
+def _full(model: nn.Module, args: Any, total_steps: int) -> Training:
+    return train_only(model, model.parameters())
 
 
 def is_bias(name: str) -> bool:
@@ -22,12 +23,11 @@ def is_bias(name: str) -> bool:
     return own == "bias" or own.startswith("bias_") or own.endswith("_bias")
 
 
-def _bitfit(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+def _bitfit(model: nn.Module, args: Any, total_steps: int) -> Training:
     biases = [p for name, p in model.base_model.named_parameters() if is_bias(name)]
     if not biases:
         raise UsageError(f"--method bitfit: {type(model).__name__} has no biases to train; name another method")
-    train_only(model, biases)
-    return AppliedMethod(model)
+    return train_only(model, biases)
 
 
 METHODS = (

@@ -16,10 +16,12 @@ from nlu import METHOD_FOLDER
 from nlu.arguments import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag
 from nlu.errors import UsageError, reason
 from nlu.json_yaml import read_yaml
-from nlu.methods.method import AppliedMethod, Method, head_parameters, train_only
+from nlu.methods.method import Method, head_parameters, train_only
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from loralib.training import Training
 
 # ---- the flags -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +190,7 @@ def _own_rates(model: nn.Module, args: Any) -> list[tuple[list[nn.Parameter], fl
     return [(group["params"], group["lr"]) for group in parameter_groups(model, 1.0, **ratio) if group["lr"] != 1]
 
 
-def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+def _apply(model: nn.Module, args: Any, total_steps: int) -> Training:
     from loralib import LowRankTraining
     from loralib.recipes.exact_factors import ExactFactors
 
@@ -205,16 +207,15 @@ def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
             options |= {flag.name: getattr(args, flag.name) for flag in PRUNING_FLAGS}
             options["total_steps"] = total_steps
     try:
-        low_rank = LowRankTraining(model, **options)
+        return LowRankTraining(model, **options)
     except ValueError as error:
         shrink = "; --schedule_steps N shrinks a schedule made for N steps" if "init_warmup +" in str(error) else ""
         raise UsageError(f"{error}{shrink}") from None
-    return AppliedMethod(model, low_rank, own_rates=lambda: _own_rates(model, args))
 
 
 _ALLOCATING = LOW_RANK_FLAGS + SINGULAR_VALUE_FLAGS
 METHODS = (
-    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + LORA_PLUS_FLAGS),
-    Method("adalora", "AdaLoRA", 70, _apply, _ALLOCATING, _check_factors),
-    Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + SCALE_FLAGS, _check_factors),
+    Method("lora", "LoRA", 50, _apply, LOW_RANK_FLAGS + LORA_PLUS_FLAGS, own_rates=_own_rates),
+    Method("adalora", "AdaLoRA", 70, _apply, _ALLOCATING, _check_factors, own_rates=_own_rates),
+    Method("lora2", "LoRA²", 80, _apply, _ALLOCATING + SCALE_FLAGS, _check_factors, own_rates=_own_rates),
 )

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 from nlu.arguments import Flag
 from nlu.errors import UsageError, reason
 from nlu.methods.low_rank import LORA_MODULE, adapted_modules
-from nlu.methods.method import AppliedMethod, Method, head_modules, train_only
+from nlu.methods.method import Method, head_modules, train_only
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from loralib.training import Training
 
 ADAPTER = "default"
 # Methods of peft that would not be what their name says here.
@@ -31,13 +33,16 @@ _REFUSED = {
 _LONG = 2**31  # steps of AdaLoRA's schedule when the training is unknown
 
 
-def read_peft_config(text: str) -> dict[str, Any]:
-    """The config that ``--peft_config`` gives: a JSON file, or JSON text as in configs/methods/.
+def read_peft_config(given: str | dict[str, Any]) -> dict[str, Any]:
+    """The config that ``--peft_config`` gives: a JSON file, or JSON text as in configs/methods/; an adapter's card has
+    the config itself.
 
     Raises:
         ValueError, TypeError: if the text is no JSON object. OSError: if the file cannot be read.
     """
-    return dict(json.loads(text if text.startswith("{") else Path(text).read_text(encoding="utf-8")))
+    if isinstance(given, dict):
+        return given
+    return dict(json.loads(given if given.startswith("{") else Path(given).read_text(encoding="utf-8")))
 
 
 def _checked(text: str) -> str:
@@ -113,28 +118,19 @@ def _check(args: Any, given: Collection[str]) -> None:
         raise UsageError("--method peft needs --peft_config: a config file of the peft package")
 
 
-def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+def _apply(model: nn.Module, args: Any, total_steps: int) -> Training:
     config = make_peft_config(read_peft_config(args.peft_config), total_steps)
     tuner = inject_peft(model, config, args)
-    train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
+    training = train_only(model, [p for p in model.base_model.parameters() if p.requires_grad])
     if config.peft_type.value != "ADALORA":
-        return AppliedMethod(model)
+        return training
     from loralib.interop.peft_adalora import AdaLoraTraining
 
-    return AppliedMethod(model, AdaLoraTraining(tuner))
+    return AdaLoraTraining(tuner)
 
 
 def _card(args: Any) -> dict[str, Any]:
-    return {"peft_config": read_peft_config(args.peft_config)}
+    return {"lora_module": args.lora_module, "peft_config": read_peft_config(args.peft_config)}
 
 
-def _rebuild(model: nn.Module, args: Any, card: dict[str, Any]) -> None:
-    inject_peft(model, make_peft_config(card["peft_config"], 0), args)  # never the file that the card names too
-
-
-METHODS = (
-    Method(
-        "peft", "peft", 100, _apply, (LORA_MODULE, PEFT_CONFIG), _check, rebuild=_rebuild, card=_card,
-        needs_autocast=True,
-    ),
-)  # fmt: skip
+METHODS = (Method("peft", "peft", 100, _apply, (LORA_MODULE, PEFT_CONFIG), _check, card=_card, needs_autocast=True),)

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from statistics import fmean
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import nlu.methods
 from nlu.arguments import Flag
 from nlu.errors import UsageError, reason
-from nlu.methods.method import AppliedMethod, Method, head_parameters
+from nlu.methods.method import Method, head_parameters
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from loralib.training import Training
 
 
 def _registered() -> list[Method]:
@@ -41,11 +44,11 @@ def flag_methods(name: str) -> list[str]:
     return [method.name for method in METHODS.values() if any(flag.name == name for flag in method.flags)]
 
 
-def apply_without_weights(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod | None:
+def apply_without_weights(model: nn.Module, args: Any, total_steps: int) -> Training | None:
     """Apply the method to a model on the meta device, so that its errors and sizes are known before a model is loaded.
 
     Returns:
-        The applied method; None for layers of peft that read the weights when they are made.
+        What ``apply`` returns; None for layers of peft that read the weights when they are made.
 
     Raises:
         UsageError: as the method's ``apply``.
@@ -72,28 +75,32 @@ _HOW_TO_LOAD = """The method adds modules of its own, which predict.py puts into
 def card_of(args: Any) -> dict[str, Any]:
     """What an adapter's card must hold so that :func:`rebuild` can put the method's modules into a base."""
     method = METHODS[args.method]
-    if method.rebuild is None:
+    if method.card is None:
         return {}
-    values = {flag.name: getattr(args, flag.name) for flag in method.flags}
-    return {"method_arguments": {"method": method.name, **values}, "how_to_load": _HOW_TO_LOAD, **method.card(args)}
+    return {"method_arguments": {"method": method.name, **method.card(args)}, "how_to_load": _HOW_TO_LOAD}
 
 
 def rebuild(model: nn.Module, card: dict[str, Any]) -> None:
     """Put a method's own modules into the base, as the adapter's card describes them; if it describes none, do nothing.
 
     Raises:
-        UsageError: if the card, which may come from a stranger, does not describe a known method.
+        UsageError: if the card, which may come from a stranger, does not describe a method with modules of its own.
     """
     if "method_arguments" not in card:
         return
     try:
-        args = method_arguments(**card["method_arguments"])
-        METHODS[args.method].rebuild(model, args, card)
+        values = dict(card["method_arguments"])
+        if "peft_config" in values:  # up to 0.4 it may name a file, and the config itself is beside it
+            values["peft_config"] = dict(card.get("peft_config", values["peft_config"]))
+        args = method_arguments(**values)
+        if METHODS[args.method].card is None:
+            raise ValueError(f"{args.method} has no modules of its own")
+        METHODS[args.method].apply(model, args, 0)
     except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as error:
         raise UsageError(f"the adapter's card does not describe its method ({reason(error, 300)})") from None
 
 
-# ---- counting ------------------------------------------------------------------------------------------------------
+# ---- numbers for the record ----------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
@@ -105,3 +112,20 @@ def count_parameters(model: nn.Module) -> dict[str, int]:
         "head_params": sum(p.numel() for p in trainable if id(p) in head),
         "total_params": sum(p.numel() for p in model.parameters()),
     }
+
+
+def update_numbers(model: nn.Module) -> dict[str, float]:
+    """For the history: ‖ΔW‖_F, singular values, orthonormality; empty without low-rank layers."""
+    from loralib.model import lora_layers
+    from loralib.recipes.diagnostics import update_statistics
+
+    if not lora_layers(model):
+        return {}
+    found = update_statistics(model)
+    numbers = {
+        "delta_norm": fmean(found.delta_norms.values()),
+        "largest_value": found.largest_value,
+        "smallest_value": found.smallest_value,
+        "orthonormality": found.deviation,
+    }
+    return {name: number for name, number in numbers.items() if number is not None}

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from nlu.arguments import NOT_NEGATIVE, Flag
 from nlu.methods.low_rank import LOW_RANK_FLAGS, inject_layers
-from nlu.methods.method import AppliedMethod, Method
+from nlu.methods.method import Method
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from loralib.training import Training
 
 
 SORA_LAMBDA = Flag(
@@ -27,11 +29,11 @@ SORA_LAMBDA = Flag(
 )  # fmt: skip
 
 
-def _apply(model: nn.Module, args: Any, total_steps: int) -> AppliedMethod:
+def _apply(model: nn.Module, args: Any, total_steps: int) -> Training:
     from nlu.methods._sora_gates import GateTraining
 
     inject_layers(model, args, "sora")
-    return AppliedMethod(model, GateTraining(model, args.sora_lambda))
+    return GateTraining(model, args.sora_lambda)
 
 
 METHODS = (Method("sora", "SoRA", 60, _apply, (*LOW_RANK_FLAGS, SORA_LAMBDA)),)

@@ -150,6 +150,6 @@ def say_outcome(record: dict[str, Any]) -> None:
         say(f"predictions: {folder / 'predictions'}")
     say(f"predict: python -m nlu.predict --adapter {adapter} --base {base} --input FILE")
     method = METHODS[record["method"]]
-    if method.rebuild is None:  # a method that adds modules cannot be exported: no other tool loads them
+    if method.card is None:  # a method that adds modules cannot be exported: no other tool loads them
         form = "peft" if method.name in flag_methods("lora_r") else "merged"
         say(f"export:  python -m loralib.export {adapter} --to {form} OUT --base {base}")

@@ -29,7 +29,7 @@ def save_run_adapter(trainer: Any, record: dict[str, Any]) -> None:
         write_json(folder / "rank_pattern.json", ranks.pattern)
     try:
         loralib.save_adapter(
-            trainer.applied.model,
+            trainer.model,
             folder / "adapter",
             card={
                 "task": record["task"],

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
 from benchmarks.gpu_check import WAITING
-from benchmarks.losses import BATCH, method_flags, prepared, step
-from benchmarks.rows import Sizes, encoder
+from benchmarks.losses import BATCH, method_flags, prepared
+from benchmarks.rows import Sizes, Trained, encoder, train_step
 from loralib import LowRankTraining
 from loralib.recipes import exact_factors
 from nlu import fast
@@ -96,18 +96,18 @@ def test_techniques_for_the_cpu_alone_are_off_on_a_device(monkeypatch):
 @pytest.mark.parametrize("name, dtype", KINDS)
 def test_training_step_stays_on_the_device(name, dtype, no_contents):
     with tempfile.TemporaryDirectory() as folder:
-        _, applied, rows = prepared(method_flags()[name], folder, 6, DEVICE, dtype)
-    model = applied.model
+        _, model, low_rank, rows = prepared(method_flags()[name], folder, 6, DEVICE, dtype)
     move(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
     batch = {name: torch.stack([row[name] for row in rows[:BATCH]]).to(DEVICE) for name in rows[0]}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    step(applied, optimizer, batch)  # moves to the device what is kept between steps
+    trained = Trained(model, optimizer, False, low_rank)
+    train_step(trained, batch)  # moves to the device what is kept between steps
     with NoWaiting(may_look=name in WAITING):  # scores in step 2, selects in step 4, masks in steps 4 to 6
         for _ in range(5):
-            loss = step(applied, optimizer, batch)
+            loss = train_step(trained, batch)
     assert loss.device.type == DEVICE and loss.dtype == torch.float32
-    if isinstance(applied.low_rank, LowRankTraining) and applied.low_rank.allocator is not None:
-        assert applied.low_rank.steps_done == applied.low_rank.total_steps
+    if isinstance(low_rank, LowRankTraining) and low_rank.allocator is not None:
+        assert low_rank.steps_done == low_rank.total_steps

@@ -154,10 +154,10 @@ def apply(model, args, total_steps=100):
 
 
 def applied_counts(method, kind="deberta-v2", **changes):
-    """The method applied to a model of the papers' size on the meta device, and its parameter counts."""
+    """A model of the papers' size on the meta device, the method's training of it, and its parameter counts."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **REAL_SIZES[kind]))
-        return apply(model, arguments_of(method, **changes)), count_parameters(model)
+        return model, apply(model, arguments_of(method, **changes)), count_parameters(model)
 
 
 # Adapter parameters on DeBERTaV3-base; the comments have the published "#Params", which are truncated.
@@ -182,10 +182,10 @@ BUDGETS = {
     ("roberta", "hadapter_m8", "auto", 835_968), ("roberta", "padapter_m16", "auto", 811_392),  # 0.8M
 ])  # fmt: skip
 def test_parameter_counts_are_those_of_the_papers(kind, method, modules, expected):
-    applied, counts = applied_counts(method, kind, lora_module=modules)
+    _, training, counts = applied_counts(method, kind, lora_module=modules)
     width = REAL_SIZES[kind]["hidden_size"]
     assert counts["adapter_params"] == expected and counts["head_params"] == width * width + width + width * 2 + 2
-    if (ranks := applied.low_rank.ranks) is not None and modules == "auto":
+    if (ranks := training.ranks) is not None and modules == "auto":
         layers, r = 6 * REAL_SIZES[kind]["num_hidden_layers"], CONFIGS[method].get("lora_r", 8)
         assert ranks.initial == layers * r
         if method.partition("_")[0] != "sora":  # its gates have no budget
@@ -197,21 +197,22 @@ def test_parameter_counts_are_those_of_the_papers(kind, method, modules, expecte
 ])  # fmt: skip
 def test_width_of_shared_lora2_matches_loras_parameter_count(kind, shared, plain, k):
     """With a penalty, because exact factors cannot be initialised on the meta device."""
-    applied, counts = applied_counts(shared, kind, orthogonality="penalty")
-    assert {layer.widths for layer in loralib.lora_layers(applied.model).values()} == {(k,)}
-    assert counts["adapter_params"] == pytest.approx(applied_counts(plain, kind)[1]["adapter_params"], rel=0.1)
+    model, _, counts = applied_counts(shared, kind, orthogonality="penalty")
+    assert {layer.widths for layer in loralib.lora_layers(model).values()} == {(k,)}
+    assert counts["adapter_params"] == pytest.approx(applied_counts(plain, kind)[2]["adapter_params"], rel=0.1)
 
 
 @pytest.mark.parametrize("method, shared", [("adalora", False), ("sora", False), ("lora2", False), ("lora2", True)])
 def test_live_parameters_are_those_that_compact_keeps(method, shared):
     """A layer without live singular values keeps none; a shared factor stays if one of its layers does."""
-    applied = apply(small.encoder(), arguments_of(method, lora_share_outer=shared))
-    every = count_parameters(applied.model)["adapter_params"]
-    for number, layer in enumerate(loralib.lora_layers(applied.model).values()):
+    model = small.encoder()
+    training = apply(model, arguments_of(method, lora_share_outer=shared))
+    every = count_parameters(model)["adapter_params"]
+    for number, layer in enumerate(loralib.lora_layers(model).values()):
         layer.lora_E.data = (torch.arange(8) < number % 9).float()
-    live = every - applied.low_rank.ranks.pruned_parameters()
-    loralib.compact(applied.model)
-    assert count_parameters(applied.model)["adapter_params"] == live < every
+    live = every - training.ranks.pruned_parameters()
+    loralib.compact(model)
+    assert count_parameters(model)["adapter_params"] == live < every
 
 
 @pytest.mark.parametrize("method, modules, message", [
@@ -248,12 +249,12 @@ def test_patterns_select_layers_of_the_encoder_and_never_the_head(method, module
 def test_regulariser_dropout_and_precision_are_those_of_the_flags(base_flags):
     flags = ["--method", "lora2", "--orth_terms", "uv", "--orth_squared", "True", "--reg_orth_coef", "0.3", "--bf16"]
     arguments = parse_arguments([*base_flags, *flags, "--lora_dropout", "0.25"])
-    applied = apply(small.encoder(), arguments)
-    expected = loralib.compute_orth_regu(applied.model, 0.3, "uv", squared=True)
-    torch.testing.assert_close(applied.low_rank.penalty(), expected)
-    assert {layer.lora_dropout.p for layer in loralib.lora_layers(applied.model).values()} == {0.25}
-    set_precision(arguments, applied.model)
-    values = *applied.model.parameters(), applied.model(torch.tensor([[5]])).logits
+    model = small.encoder()
+    penalty = apply(model, arguments).penalty()
+    torch.testing.assert_close(penalty, loralib.compute_orth_regu(model, 0.3, "uv", squared=True))
+    assert {layer.lora_dropout.p for layer in loralib.lora_layers(model).values()} == {0.25}
+    set_precision(arguments, model)
+    values = *model.parameters(), model(torch.tensor([[5]])).logits
     assert {(v.requires_grad, v.dtype) for v in values} == {(True, torch.float32), (False, torch.bfloat16)}
 
 
@@ -287,14 +288,13 @@ def test_is_bias_excludes_tables_of_position_biases():
 
 
 def test_pruned_parameters_of_pefts_adalora_are_the_rows_and_columns_of_its_zeros():
-    applied = apply(small.encoder(), arguments_of("peft_adalora"), 1000)
+    training = apply(small.encoder(), arguments_of("peft_adalora"), 1000)
     with torch.no_grad():
-        for layer in applied.low_rank.layers.values():
+        for layer in training.layers.values():
             layer.lora_E["default"][:3] = 0
             layer.lora_E["default"][3:] = 1
-    sides = [layer.in_features + layer.out_features for layer in applied.low_rank.layers.values()]
-    assert len(sides) == 12 and applied.low_rank.ranks.pruned_parameters() == sum(3 * (1 + side) for side in sides)
-    ranks = applied.low_rank.ranks
+    sides, ranks = [layer.in_features + layer.out_features for layer in training.layers.values()], training.ranks
+    assert len(sides) == 12 and ranks.pruned_parameters() == sum(3 * (1 + side) for side in sides)
     assert set(map(tuple, ranks.pattern.values())) == {(False,) * 3 + (True,) * (ranks.initial // 12 - 3)}
     assert (ranks.live, ranks.budget) == (ranks.initial - 36, ranks.initial) and 0 < ranks.target < ranks.initial
 
