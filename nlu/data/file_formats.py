@@ -125,6 +125,7 @@ class Reader:
                 return f"column {name!r} is empty"
             if name in text and type(value) is not str:
                 return f"column {name!r} must be text, got {shown(value)}"
+        for name, value in values.items():
             if type(value) is str and (fault := self._undecoded(f"column {name!r} is", value)):
                 return fault
         return None

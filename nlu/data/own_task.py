@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 from nlu.data.file_formats import Reader, Row, shown
@@ -30,9 +31,10 @@ def load_own_files(paths: dict[str, str], arguments: Any) -> tuple[Task, dict[st
             in GLUE (`sentence1` and `sentence2`, `sentence`, …) or `text`, or in the only one besides the label.
 
     Returns:
-        The task, named "custom" (accuracy; for two classes also the F1 of the second; Pearson and Spearman for
-        regression); its splits, each column -> values as :func:`~nlu.data.glue.load_split` gives them, a hidden label
-        being -1, or NaN in a regression; and how many rows of each split --on_error left out.
+        The task, named "custom" and displayed as the training file's name (accuracy; for two classes also the F1 of the
+        second; Pearson and Spearman for regression); its splits, each column -> values as
+        :func:`~nlu.data.glue.load_split` gives them, a hidden label being -1, or NaN in a regression; and how many rows
+        of each split --on_error left out.
 
     Raises:
         UsageError: if a file is malformed (the message names the line) or has a label that the training file lacks, if
@@ -52,7 +54,7 @@ def load_own_files(paths: dict[str, str], arguments: Any) -> tuple[Task, dict[st
             rows = reader.good_rows(text, other, blank=False, on_error=arguments.on_error)
             tables[split] = reader, list(rows)
     names = _class_names(*tables["train"], label_column)
-    task = Task("custom", "own data", text, names, _metrics(arguments.metric, names))
+    task = Task("custom", Path(paths["train"]).name, text, names, _metrics(arguments.metric, names))
     splits = {}
     for split, (reader, rows) in tables.items():
         columns = {name: [row.values[name] for row in rows] for name in text}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -100,17 +99,10 @@ def _hold_out(task: Task, train: Dataset, fraction: float, seed: int) -> Rows:
     try:
         parts = train.train_test_split(fraction, seed=seed, stratify_by_column="label" if own_classes else None)
     except ValueError as error:  # a class of one row; fewer held-out rows than classes; no row left to train on
-        why = _why_not_stratified(train) if own_classes else reason(error)
-        raise UsageError(f"--holdout_fraction {fraction}: {why}") from None
+        why = reason(error)
+        if own_classes:
+            number, rows = Counter(train["label"]).most_common()[-1]
+            why += f" (the rarest class, {task.labels[number]!r}, has {rows}): leave rare classes out"
+        advice = "choose another fraction, or give --validation_file"
+        raise UsageError(f"--holdout_fraction {fraction}: {why}, {advice}") from None
     return {"train": parts["train"], task.validation_splits[0]: parts["test"]}
-
-
-def _why_not_stratified(train: Dataset) -> str:
-    rows = Counter(train["label"])
-    rarest = min(rows, key=rows.__getitem__)
-    if rows[rarest] == 1:
-        name = train.features["label"].names[rarest]
-        return f"only one row has the label {name!r}: leave it out, or give --validation_file instead"
-    least = math.ceil(100 * len(rows) / len(train)) / 100
-    share = f"a fraction from {least:g} to {1 - least:g}, or " if least <= 0.5 else ""
-    return f"each of {len(rows)} classes must be held out and trained: give {share}--validation_file instead"

@@ -53,7 +53,7 @@ def tokenize(data: Data, tokenizer: Any) -> tuple[dict[str, Dataset], dict[str, 
             keep_in_memory=True,
             load_from_cache_file=False,
             new_fingerprint=f"tokens-{split}",
-            desc=f"Tokenizing {task.name} {split}",
+            desc=f"Tokenizing {task.display} {split}",
         )
         if not hidden.any():
             encoded = encoded.add_column("labels", labels)

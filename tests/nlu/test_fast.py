@@ -249,13 +249,9 @@ def test_fast_dropout_output_and_gradient(dtype, shape):
     torch.testing.assert_close(x.grad, kept * scale)
 
 
-def test_fast_dropout_takes_the_argument_of_stock_dropout_by_name():
+def test_fast_dropout_is_called_as_stock_dropout_and_takes_p_0_and_1():
     x = torch.rand(100)
     assert (FastDropout(0.5)(input=x) == 0).any() and torch.equal(FastDropout(0.5).eval()(input=x), x)
-
-
-def test_fast_dropout_with_p_0_and_1():
-    x = torch.rand(100)
     assert torch.equal(FastDropout(0.0)(x), x) and torch.equal(FastDropout(1.0)(x), torch.zeros(100))
 
 

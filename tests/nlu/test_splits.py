@@ -45,7 +45,7 @@ def test_held_out_rows_of_own_files_are_stratified_by_class(tmp_path):
 
 @pytest.mark.parametrize(
     "labels, fraction, why",
-    [("aab", 0.4, "only one row has the label 'b'"), ("aabbcc" * 2, 0.1, "a fraction from 0.25 to 0.75")],
+    [("aab", 0.4, "the rarest class, 'b', has 1"), ("aabbcc" * 2, 0.1, "equal to the number of classes = 3")],
 )
 def test_a_class_too_rare_to_hold_out_is_named_with_a_way_out(tmp_path, labels, fraction, why):
     write_rows(tmp_path / "all.csv", [{"text": f"row {i}", "label": label} for i, label in enumerate(labels)])
@@ -141,6 +141,7 @@ def test_description_has_class_counts_and_truncated_rows(tmp_path):
     write_rows(tmp_path / "all.csv", [*lines, {"text": "a", "label": "lob"}])
     data = load(["train"], train_file=tmp_path / "all.csv")
     _, found = tokenize(data, make_tokenizer(model_max_length=4))
+    assert data.task.display == "all.csv"  # as the progress names it
     classes = {"Kritik": 10, "Lob": 10, "lob": 1}
     assert found == {"train": {"rows": 21, "skipped": 0, "cut": 20, "hidden": 0, "classes": classes}}
     assert description_lines(data.task, found, 4) == [
