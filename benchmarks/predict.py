@@ -76,6 +76,7 @@ def measure(adapter: Path, base: str, source: Path, rows: int, rounds: int, thre
         seconds: dict[str, list[float]] = {title: [] for title in commands}
         for turn in range(rounds):
             for title in random.Random(turn).sample(list(commands), len(commands)):
+                (folder / "here.jsonl").unlink(missing_ok=True)
                 seconds[title].append(timed(*commands[title], threads=threads))
         here, there = (
             [json.loads(line)["label"] for line in (folder / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -232,8 +232,8 @@ def _check_base(model: nn.Module, config: AdapterConfig) -> None:
     """Raises ValueError unless the base's weights are those that the adapter was trained on."""
     if base_fingerprint(model, config.head) != config.base_fingerprint:
         raise ValueError(
-            f"the base's weights are not those the adapter was trained on: {_base_of(config)} (a new head that was left "
-            "frozen counts as base: unfreeze it before the training; allow_other_base accepts another base)"
+            f"the base's weights are not those the adapter was trained on: {_base_of(config)} (a new head that was "
+            "left frozen counts as base: unfreeze it before the training; allow_other_base accepts another base)"
         )
 
 

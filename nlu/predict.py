@@ -4,9 +4,9 @@
     cat new.tsv | python nlu/predict.py --adapter RUN --text_columns sentence1,sentence2 --input - --input_format tsv
 
 Rows are written in input order, as {"line": 3, "label": "acceptable", "probabilities": {…}}, or, for a regression task,
-with "score" instead of label and probabilities. "line" is the input line on which the row ends (Parquet: the row, from
-1). With --keep_columns, the default for CSV and TSV, the input's columns are written too; one whose name is already in
-use is called input_NAME.
+with "score" instead of label and probabilities; as CSV if the output is a .csv file. "line" is the input line on which
+the row ends (Parquet: the row, from 1). The input's columns are kept; one whose name is already in use is called
+input_NAME.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import csv
 import io
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from loralib.files import open_new
@@ -38,9 +38,9 @@ BATCHES_IN_BUFFER = 32  # batches whose rows are sorted by length together: more
 def main(words: Sequence[str]) -> None:
     """Predict a whole input; raises UsageError for anything that the user can correct."""
     arguments = build_parser().parse_args(words)
-    if arguments.input != "-" and os.path.realpath(arguments.input) == os.path.realpath(arguments.output):
-        raise UsageError(f"--output {arguments.output} is the input, which would be overwritten: name another file")
-    kind = arguments.output_format or ("csv" if arguments.output.lower().endswith(".csv") else "jsonl")
+    out, kind = Path(arguments.output), "csv" if arguments.output.lower().endswith(".csv") else "jsonl"
+    if out.is_file() and out.stat().st_size:
+        raise UsageError(f"--output {out} exists already: name another file, or delete it")
     with nullcontext(sys.stdin.buffer) if arguments.input == "-" else open(arguments.input, "rb") as stream:
         name, form = (arguments.input, None) if arguments.input != "-" else ("standard input", "jsonl")
         reader = Reader(stream, name, arguments.input_format or form, encoding=arguments.encoding)
@@ -50,18 +50,13 @@ def main(words: Sequence[str]) -> None:
             from nlu.trained_model import load_predictor
 
         predictor = load_predictor(arguments)
-        keep = reader.kind in ("csv", "tsv") if arguments.keep_columns is None else arguments.keep_columns
         rows = reader.good_rows(predictor.columns, blank=False, on_error=arguments.on_error)
         answers = predict_rows(rows, predictor, arguments.batch_size)
         count = 0
         with nullcontext(sys.stdout.buffer) if arguments.output == "-" else open_new(arguments.output) as output:
             shown = tqdm(answers, unit=" rows", disable=None, desc="predicting")  # None: shown only in a terminal
-            for count, record in enumerate(records(shown, kind, predictor.labels, reader.columns if keep else ()), 1):
-                try:
-                    output.write(as_line(record, kind, first=count == 1).encode())
-                except UnicodeEncodeError:  # in a kept column; the reader has checked the text columns
-                    message = f"a column is not {arguments.encoding} text: give --encoding"
-                    raise reader.error(record["line"], message) from None
+            for count, record in enumerate(records(shown, kind, predictor.labels, reader.columns), 1):
+                output.write(as_line(record, kind, first=count == 1).encode(errors="replace"))  # of JSON, \\ud800 alone
     most = predictor.tokenizer.model_max_length
     cut = f", {predictor.cut} cut at {most} tokens (--max_seq_length)" if predictor.cut else ""
     print(f"{count} rows predicted{cut}, {reader.skipped} skipped", file=sys.stderr)
@@ -83,7 +78,8 @@ def records(
 
     Args:
         answers: from :func:`predict_rows`. kind: "csv" (a column for each probability) or "jsonl" (one for all).
-        labels: the names of the classes; None for regression. columns: the input columns to keep.
+        labels: the names of the classes; None for regression. columns: the input columns that CSV keeps; a JSON row may
+            have keys of its own.
     """
     for row, values in answers:
         if labels is None:
@@ -93,10 +89,9 @@ def records(
             flat = {f"probability_{name}": value for name, value in named.items()}
             answer = {"label": max(named, key=named.get), **(flat if kind == "csv" else {"probabilities": named})}
         kept: dict[str, Any] = {}
-        names = list(row.values) if columns and kind == "jsonl" else columns  # a JSON row may have keys of its own
-        for name in names:
+        for name in row.values if kind == "jsonl" else columns:
             new = name
-            while new in ("line", *answer) or (new != name and new in (*names, *kept)):
+            while new in ("line", *answer, *kept):
                 new = f"input_{new}"
             kept[new] = row.values.get(name)
         yield {"line": row.place, **kept, **answer}
@@ -125,10 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--input_format", choices=FORMATS, help="input format (default: by the file name; jsonl for standard input)")
     add("--encoding", default="utf-8", help="text encoding of CSV, TSV and JSON input (default: utf-8)")
     add("--text_columns", metavar="NAME[,NAME]", help="columns with the text (default: as in training)")
-    add("--output", default="-", help="file to write, or - for standard output (default)")
-    add("--output_format", choices=("jsonl", "csv"), help="output format (default: csv for a .csv file, else jsonl)")
-    add("--keep_columns", action=argparse.BooleanOptionalAction,
-        help="write the input's columns too, to CSV only the first row's (default: for CSV and TSV)")  # fmt: skip
+    add("--output", default="-", help="new file: CSV if its name ends in .csv, else JSON lines; - for standard output "
+        "(default)")  # fmt: skip
     add("--on_error", choices=("stop", "skip"), default="stop",
         help="on a bad row: stop, or skip it (up to ten, or a tenth of those read so far; default: stop)")  # fmt: skip
     add("--batch_size", type=positive_int, default=64, help="rows computed at once (default: 64)")
