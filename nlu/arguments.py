@@ -204,9 +204,9 @@ TRAINING_FLAGS = (
     Flag("logging_steps", int, 10, "Steps between two log lines.", AT_LEAST_1),
     Flag("seed", int, 42, "Seed of all random numbers but those of --holdout_seed.", _SEED),
     Flag("full_determinism", bool, False, "Use deterministic GPU kernels, which are slower."),
-    Flag("dataloader_num_workers", int, 0, "Worker processes that prepare batches.", NOT_NEGATIVE),
     Flag("use_cpu", bool, False, "Use the CPU even if there is an accelerator."),
-    Flag("ddp_find_unused_parameters", bool, False, "find_unused_parameters of DistributedDataParallel."),
+    Flag("report_to", ("none", "tensorboard", "wandb", "trackio"), "none", "Tracker; its package must be installed."),
+    Flag("run_name", str, None, "The run's name in the tracker."),
 )  # fmt: skip
 CHOICE_FLAGS = (
     Flag("method", str, None, "A file in configs/methods/, without .yaml: lora2, adalora, lora, … Default: lora2."),

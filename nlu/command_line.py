@@ -1,8 +1,7 @@
 """The command line of ``nlu/run_glue.py``: which source the value of each argument comes from.
 
 Later sources override earlier ones: the defaults in ``nlu/arguments.py``, the published settings (``--published``),
-the method's file, an argument file (the first word of the command), the flags. ``--dry_run`` shows the source of each
-value. Torch and transformers are not imported.
+the method's file, the flags. ``--dry_run`` shows the source of each value. Torch and transformers are not imported.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nlu import METHOD_FOLDER, TASK_FOLDER, trackers
+from nlu import METHOD_FOLDER, TASK_FOLDER
 from nlu.argument_conflicts import check_and_complete
 from nlu.arguments import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS, Arguments
 from nlu.errors import OneLineParser, UsageError
@@ -34,7 +33,6 @@ PARTS = {
     "data": DATA_FLAGS,
     "method": (*CHOICE_FLAGS, *METHOD_FLAGS.values()),
     "training": TRAINING_FLAGS,
-    "tracker": trackers.FLAGS,
 }
 DEFAULTS = {flag.name: flag.default for flags in PARTS.values() for flag in flags}
 
@@ -44,9 +42,9 @@ def build_parser() -> OneLineParser:
     """The parser of all flags; its result holds only the flags that a command gives."""
     parser = OneLineParser(
         prog="run_glue.py",
-        usage="run_glue.py [FILE.yaml] --model_name_or_path MODEL {--task_name T | --train_file F} --do_train …",
+        usage="run_glue.py --model_name_or_path MODEL {--task_name T | --train_file F} --do_train …",
         description="Fine-tune an encoder on a GLUE task, or on your own data, with LoRA² or another method.\nThe same "
-        "command continues an interrupted run from its last checkpoint. FILE.yaml sets arguments by name.",
+        "command continues an interrupted run from its last checkpoint.",
         argument_default=argparse.SUPPRESS,
     )
     for part, flags in PARTS.items():
@@ -93,14 +91,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def read_flags(words: Sequence[str]) -> dict[str, Any]:
-    """The values of the flags in a command, by name; its first word may be an argument file (YAML or JSON).
+    """The values of the flags in a command, by name.
 
     Raises:
         UsageError: for an unknown flag or a value that a flag does not accept.
     """
-    words = list(words)
-    if words and not words[0].startswith("-"):
-        words[:1] = as_words(read_yaml(Path(words[0])), words[0])
     values = vars(build_parser().parse_args(words))
     values.pop("local_rank", None)
     return values
@@ -113,7 +108,7 @@ def as_words(values: Any, source: str | Path) -> list[str]:
         UsageError: if ``values`` is not a mapping of names to values; the message names the file, ``source``.
     """
     if not isinstance(values, dict) or any(isinstance(value, list) for value in values.values()):
-        raise UsageError(f"{source}: an argument file is a mapping of argument names to values")
+        raise UsageError(f"{source} must be a mapping of argument names to values")
     texts = {n: json.dumps(value) if isinstance(value, dict) else value for n, value in values.items()}
     return [f"--{name}={text}" for name, text in texts.items() if text is not None]
 

@@ -31,12 +31,11 @@ from nlu.runs.console import log_to, say, say_outcome, say_start
 from nlu.runs.folder import RunFolder
 from nlu.runs.identity import PLACES, changes, content_digests
 from nlu.runs.machine import commit_of_code
-from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all, without_accelerate_fsdp
+from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all
 from nlu.runs.record import RunRecord
 from nlu.runs.resume import last_checkpoint
 from nlu.runs.saved_adapter import save_run_adapter, start_from_adapter
 from nlu.tasks import TASKS, Task
-from nlu.trackers import tracked
 from nlu.trainer import GlueTrainer, trainer_arguments
 
 logger = logging.getLogger("nlu")
@@ -88,7 +87,6 @@ def _run_in(
             Path(arguments.measured_dir).mkdir(parents=True, exist_ok=True)
         folder.clean(new=previous is None)
         held.enter_context(log_to(folder.path / "log" / "run.log", arguments.command))
-        held.enter_context(tracked(arguments, trainer, folder.path / "log"))
     wait_for_all()
     for line in description_lines(trainer.task, facts["data"], trainer.processing_class.model_max_length):
         say(line)
@@ -125,19 +123,11 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
     weights = class_weights(arguments, task, labels)
 
     set_seed(training.seed)
-    with without_accelerate_fsdp() as sharded:
-        model = load_model(arguments, config, head)
-        low_rank = METHODS[arguments.method].apply(model, arguments, total_steps)
-        warm_start = start_from_adapter(model, arguments) if arguments.lora_path else None
-        set_precision(arguments, model)
-        if sharded:
-            from loralib.interop.sharding import shard_frozen  # needs a torch with FSDP2
-
-            try:
-                shard_frozen(model, training.device.type)
-            except (ValueError, RuntimeError) as error:
-                raise UsageError(f"FSDP: {error}") from None
-        trainer = GlueTrainer(arguments, training, task, model, low_rank, splits, tokenizer, weights)
+    model = load_model(arguments, config, head)
+    low_rank = METHODS[arguments.method].apply(model, arguments, total_steps)
+    warm_start = start_from_adapter(model, arguments) if arguments.lora_path else None
+    set_precision(arguments, model)
+    trainer = GlueTrainer(arguments, training, task, model, low_rank, splits, tokenizer, weights)
     if training.do_train:  # a missing package or a wrong argument of theirs shows before an older run is deleted
         try:
             trainer.create_optimizer_and_scheduler(total_steps)

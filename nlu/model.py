@@ -45,13 +45,9 @@ def head_for(task: Task, saved: Any) -> Head:
 
     A wrong number of labels may be noticed only when the weights are loaded.
     """
-    names = [str(saved.id2label[number]).lower() for number in sorted(saved.id2label)]
-    problem = getattr(saved, "problem_type", None)
     if task.labels is None:
-        several = problem == "multi_label_classification"
-        return Head(unfit="labels that do not exclude each other" if several else None)
-    if problem == "regression":
-        return Head(unfit="a regression output")
+        return Head()
+    names = [str(saved.id2label[number]).lower() for number in sorted(saved.id2label)]
     words = [label.lower() for label in task.labels]
     if sorted(names) == sorted(words):
         return Head(rows=None if names == words else [names.index(word) for word in words])

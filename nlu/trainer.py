@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )  # fmt: skip
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralib.recipes.trainer_mixin import LowRankTrainerMixin
@@ -37,6 +37,7 @@ from nlu.methods.registry import METHODS, update_numbers
 from nlu.metrics import compute_glue_metrics, to_labels
 from nlu.runs.console import ProgressLines
 from nlu.runs.machine import peak_memory_bytes
+from nlu.runs.progress import Progress
 from nlu.runs.resume import WholeCheckpoints, last_checkpoint
 from nlu.runs.signals import Interrupted, StopRequest
 from nlu.tasks import Task
@@ -47,40 +48,6 @@ _IGNORED = -100  # the label that torch's cross entropy ignores
 def _logits_alone(outputs: Tensor | tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
     """Keep only the logits, so that a model's further outputs are not gathered."""
     return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
-class StepClock(TrainerCallback):
-    """Measures the time of the steps, notes the end of an epoch, and restores the progress of a resumed training.
-
-    The clock runs on between steps, because a GPU ends a step while the next batch is fetched. To log, evaluate or
-    save, the trainer waits for the GPU and stops the clock; the next step starts it again.
-    """
-
-    def __init__(self, trainer: GlueTrainer) -> None:
-        self.trainer = trainer
-        self.before, self._since = 0.0, None
-        self.epoch_ended = False
-
-    @property
-    def seconds(self) -> float:
-        """Time of all steps, including those before a resume."""
-        return self.before + (0.0 if self._since is None else time.perf_counter() - self._since)
-
-    def stop(self) -> None:
-        self.before, self._since = self.seconds, None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.step_losses = torch.zeros(state.max_steps, device=args.device)
-        if state.global_step:
-            self.trainer.restore_progress()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.epoch_ended = False
-        if self._since is None:
-            self._since = time.perf_counter()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.epoch_ended = True
 
 
 class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
@@ -107,9 +74,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     ) -> None:
         self.arguments, self.task, self.splits = arguments, task, splits
         self.validation = [splits[split] for split in task.validation_splits if split in splits]
-        self.clock = StepClock(self)
-        self.step_losses = torch.zeros(0)  # of this process, on the device
-        self.mean_losses: list[float] = []  # of all processes, when they last met
+        self.progress = Progress(self)
         self.stop_request = StopRequest()
         callbacks: list[TrainerCallback] = [ProgressLines(task.metric)]
         if arguments.early_stopping_patience is not None:
@@ -130,7 +95,10 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         device = self.args.device
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         self.remove_callback(PrinterCallback)  # the run prints lines of its own
-        self.add_callback(self.clock)
+        self.add_callback(self.progress)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # its default is model/, which --save_strategy no deletes
+                callback.logging_dir = str(Path(arguments.root_output_dir) / "log")
 
     # ---- metrics and loss ---------------------------------------------------------------------------------------
 
@@ -157,19 +125,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's; the step's loss, a sum over the batches it accumulates, stays on the device."""
         loss = super().training_step(*args, **kwargs)
-        self.step_losses[self.state.global_step] += loss
+        self.progress.step_losses[self.state.global_step] += loss
         return loss
-
-    def gather_losses(self) -> list[float]:
-        """The loss of each step so far, the mean over the processes, which all must call this. Waits for the GPU."""
-        every = self.accelerator.gather(self.step_losses[None, : self.state.global_step])
-        self.mean_losses = every.mean(0).tolist()
-        return self.mean_losses
-
-    def training_losses(self) -> list[float] | None:
-        """The mean loss in each twentieth of the steps, whatever is logged; the last two are the last tenth."""
-        parts = np.array_split(self.mean_losses, min(20, len(self.mean_losses)) or 1)
-        return [float(f"{part.mean():.6g}") for part in parts] if self.mean_losses else None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -248,7 +205,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         """
         with self.stop_request.awaited():
             result = super().train(resume_from_checkpoint, **kwargs)
-            self.gather_losses()
+            self.progress.gather_losses()
             if not self.args.load_best_model_at_end:  # the model holds the best step's weights then
                 self._save_checkpoint(self.model, None)  # a run that stops while it predicts need not train again
             signum = self.stop_request.agreed()  # it came after the last step
@@ -277,12 +234,12 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         next epoch. So the first of the two calls is skipped.
         """
         last_step = float(self.state.epoch).is_integer() or self.control.should_training_stop
-        if not self.clock.epoch_ended and last_step:
+        if not self.progress.epoch_ended and last_step:
             return
         self.control.should_log |= self.control.should_training_stop  # the record then has the loss of every step
         if self.control.should_log or self.control.should_evaluate or self.control.should_save:
             self.check_finite(tr_loss)  # waits for the GPU
-            self.clock.stop()
+            self.progress.stop_clock()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
         signum = self.stop_request.agreed()
         if signum is not None:
@@ -315,7 +272,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {"seconds": round(self.clock.seconds, 3), "memory_bytes": peak_memory_bytes()}
+            logs |= {"seconds": round(self.progress.seconds, 3), "memory_bytes": peak_memory_bytes()}
             logs |= update_numbers(self.model)
             if (ranks := self.low_rank.ranks) is not None:
                 logs |= {"budget": ranks.budget, "live": ranks.live}
@@ -352,6 +309,7 @@ def trainer_arguments(arguments: Arguments, metric: str) -> TrainingArguments:
         "metric_for_best_model": f"eval_{metric}",
         "greater_is_better": True,
         "disable_tqdm": True,  # the run prints lines of its own
+        "ddp_find_unused_parameters": False,  # every step uses all
     }
     if not values["gradient_checkpointing"]:  # newer transformers renamed it, and warn even if it is given as False
         del values["gradient_checkpointing"]

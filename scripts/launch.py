@@ -1,26 +1,24 @@
-"""Starts torchrun or accelerate so that it ends with the run's last line and exit code, not with a traceback.
+"""Starts torchrun so that it ends with the run's last line and exit code, not with a traceback.
 
-python scripts/launch.py torch.distributed.run --standalone --nproc_per_node 4 nlu/run_glue.py …
+python scripts/launch.py --standalone --nproc_per_node 4 nlu/run_glue.py …
 """
 
 import logging
-import runpy
 import sys
 
-from torch.distributed import DistNetworkError
+from torch.distributed import DistNetworkError, run
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
-def main(module: str, *words: str) -> int:
-    """Run the launcher's module; returns 128 + a signal's number, or the exit code of the process that failed first.
+def main(words: list[str]) -> int:
+    """Run torchrun; returns 128 + a signal's number, or the exit code of the process that failed first.
 
     2 if the processes cannot meet.
     """
-    sys.argv = [module, *words]
-    logging.disable(logging.ERROR)  # the launcher's account of a failure; its processes are not affected
+    logging.disable(logging.ERROR)  # torchrun's account of a failure; its processes are not affected
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        run.main(words)
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as failed:
@@ -33,4 +31,4 @@ def main(module: str, *words: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -17,7 +17,6 @@ The environment sets:
   NPROC        processes on this machine, one per GPU (default: 1)
   PER_DEVICE   rows a process takes at once, at most; the rest of its share of the batch is accumulated (default: all)
   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   for a run over several machines, as in torchrun
-  ACCELERATE   a file in configs/accelerate/: \`accelerate launch\` starts the run with its settings (FSDP)
   DRY_RUN=1    prints the command, the values that it would use and where each comes from, and starts nothing
   PYTHON       the interpreter (default: .venv/bin/python where scripts/setup.sh made it, else python3 or python)
 
@@ -54,15 +53,11 @@ run=("$ROOT/nlu/run_glue.py" --published "$backbone" --task_name "$task" --metho
     ${SEED:+--seed "$SEED"} ${PER_DEVICE:+--per_device_train_batch_size "$PER_DEVICE"} "$@")
 start=("$PYTHON" "${run[@]}")
 # On one machine each run gets a free port, unless MASTER_PORT is set.
-if [[ -n ${ACCELERATE:-} ]]; then
-    start=("$PYTHON" "$ROOT/scripts/launch.py" accelerate.commands.launch --config_file "$ACCELERATE"
-        --num_processes "$processes" --num_machines "$NNODES" --machine_rank "$NODE_RANK"
-        --main_process_ip "${MASTER_ADDR:-127.0.0.1}" --main_process_port "${MASTER_PORT:-0}" "${run[@]}")
-elif ((processes > 1)); then
+if ((processes > 1)); then
     place=(--standalone)
     [[ -z ${MASTER_PORT:-} ]] || place=(--nnodes "$NNODES" --node_rank "$NODE_RANK"
         --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT")
-    start=("$PYTHON" "$ROOT/scripts/launch.py" torch.distributed.run --nproc_per_node "$NPROC" "${place[@]}" "${run[@]}")
+    start=("$PYTHON" "$ROOT/scripts/launch.py" --nproc_per_node "$NPROC" "${place[@]}" "${run[@]}")
 fi
 [[ ${DRY_RUN:-0} == 0 ]] && exec "${start[@]}"
 printf '%q ' "${start[@]}" && echo

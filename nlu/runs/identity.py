@@ -37,7 +37,7 @@ PLACES = frozenset(
 # Arguments that may differ in the same run: also reporting, the device, and how the processes share a batch (the rows
 # of an optimiser step are compared apart).
 FREE = PLACES | {
-    "dataloader_num_workers", "gradient_accumulation_steps", "overwrite_output_dir", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "overwrite_output_dir", "per_device_eval_batch_size",
     "per_device_train_batch_size", "report_to", "run_name", "save_total_limit", "total_batch_size", "use_cpu",
 }  # fmt: skip
 # Changes for which a finished run resumes from its last checkpoint, to predict.

@@ -1,4 +1,4 @@
-"""Helpers for distributed runs: rank-0 work, barriers, FSDP asked for at launch, and shutdown.
+"""Helpers for distributed runs: rank-0 work, barriers and shutdown.
 
 The launcher says in the environment how many processes there are, and which one this is.
 """
@@ -6,12 +6,10 @@ The launcher says in the environment how many processes there are, and which one
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_FSDP = "ACCELERATE_USE_FSDP"  # `accelerate launch` sets it if its file has distributed_type: FSDP
 
 
 def is_first() -> bool:
@@ -31,24 +29,6 @@ def start_processes(use_cpu: bool) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=use_cpu or not torch.accelerator.is_available())
-
-
-@contextmanager
-def without_accelerate_fsdp() -> Iterator[bool]:
-    """A block in which accelerate and transformers see no request for FSDP, and set up a plain distributed run.
-
-    accelerate would also split the factors and the head, which the regulariser, the allocator and exact factors need
-    whole; the run splits the frozen weights alone, with :mod:`loralib.interop.sharding`. Each of two processes then
-    holds half of the frozen bytes (docs/library.md: measured with gloo on a CPU; its speed was not measured).
-
-    It yields whether the run was launched with FSDP, on more than one process.
-    """
-    asked = os.environ.pop(_FSDP, None)
-    try:
-        yield asked is not None and asked.lower() == "true" and world_size() > 1
-    finally:
-        if asked is not None:
-            os.environ[_FSDP] = asked
 
 
 def gathered(value: T) -> list[T]:

@@ -16,8 +16,6 @@ from nlu.runs.folder import RECORD
 from nlu.runs.machine import commit_of_code, machine, now, peak_memory_bytes, versions
 from nlu.runs.processes import is_first
 
-FORMAT_VERSION = 1
-
 
 class RunRecord(TrainerCallback):
     """Collects the fields of ``results.json``; rank 0 writes it at the start, with each checkpoint and at the end.
@@ -68,7 +66,6 @@ class RunRecord(TrainerCallback):
         evaluations, metric = self.evaluations(), self.trainer.task.metric
         best, best_step, last = best_and_last(evaluations, metric)
         record = finite({
-            "format_version": FORMAT_VERSION,
             "status": status,
             "error": None if error is None else one_line(error),
             **self.fields,
@@ -79,7 +76,7 @@ class RunRecord(TrainerCallback):
             "evaluations": evaluations,
             **self.progress(),
             "rate_sum": None if status == "running" else _rate_sum(self.trainer),  # it calls the schedule at every step
-            "training_loss": self.trainer.training_losses(),
+            "training_loss": self.trainer.progress.training_losses(),
             "history": self.history(),
         })  # fmt: skip
         if is_first() and (status == "finished" or not self.after_finished):
@@ -88,7 +85,8 @@ class RunRecord(TrainerCallback):
 
     def progress(self) -> dict[str, Any]:
         """The fields that change during training."""
-        steps, seconds, ranks = self.trainer.state.global_step, self.trainer.clock.seconds, self.trainer.low_rank.ranks
+        trainer, ranks = self.trainer, self.trainer.low_rank.ranks
+        steps, seconds = trainer.state.global_step, trainer.progress.seconds
         pattern = ranks.pattern if ranks else None
         return {
             # Without those that no live singular value uses. The saved adapter has them only for peft's AdaLoRA.
@@ -96,8 +94,8 @@ class RunRecord(TrainerCallback):
             "live_budget": pattern and sum(map(sum, pattern.values())),
             "module_ranks": pattern and {name: sum(flags) for name, flags in pattern.items()},
             "steps": steps,
-            "weights_step": self.trainer.weights_step,
-            "planned_steps": self.trainer.state.max_steps,
+            "weights_step": trainer.weights_step,
+            "planned_steps": trainer.state.max_steps,
             "train_seconds": seconds,
             "seconds_per_step": seconds / steps if steps else None,
             "peak_memory_bytes": max(self._peak_before, peak_memory_bytes()),

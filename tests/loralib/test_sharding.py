@@ -1,4 +1,4 @@
-"""Sharded frozen weights in a process group of one; tests/nlu/test_two_processes.py has a group of two."""
+"""Sharded frozen weights, in process groups of two and of one, against whole ones in one process."""
 
 import pytest
 import torch
@@ -9,8 +9,82 @@ import loralib
 from loralib.interop.precision import cast_frozen
 from loralib.interop.sharding import shard_frozen
 from loralib.layers import stored_form
-from tests.loralib.small import INPUTS, Net, adapted, decoder, randomise, trainable
+from loralib.model import load_trained_tensors, trained_tensors
+from loralib.recipes.exact_factors import ExactFactors
+from tests.loralib.small import INPUTS, Net, adapted, decoder, encoder, randomise, trainable
 from tests.nlu.tiny import SIZES
+
+IDS = torch.arange(8 * 6).view(8, 6) * 7 % SIZES["vocab_size"]
+LABELS = IDS.sum(1) % 2
+HALF, STEPS = 3, 6
+PRUNING = {"target_rank": 2, "init_warmup": 1, "final_warmup": 2, "mask_interval": 1, "total_steps": STEPS}
+
+
+def started(case):
+    """A classifier and its training: with the regulariser and pruning, or with exact factors. Nothing is random."""
+    model = encoder()
+    loralib.inject(model, "lora2", ["query", "value", "output.dense"], r=4, k=4, init="orthogonal")
+    model.classifier.requires_grad_(True)
+    for layer in loralib.lora_layers(model).values():
+        torch.nn.init.uniform_(layer.lora_E, 0.1, 1, generator=torch.Generator().manual_seed(layer.in_features))
+    options = PRUNING if case == "pruned" else {"constraint": ExactFactors}
+    low_rank = loralib.LowRankTraining(model, **options)
+    return model, low_rank, torch.optim.AdamW(trainable(model), lr=1e-2, eps=1e-3)
+
+
+def train(model, low_rank, optimizer, steps, rows=slice(None), wrapped=None):
+    for _ in range(steps):
+        loss = (wrapped or model)(input_ids=IDS[rows], labels=LABELS[rows]).loss
+        (loss + low_rank.penalty()).backward()
+        low_rank.step(optimizer)
+
+
+def _train_sharded(rank, folder):
+    """Run by two processes, which take every other row."""
+    torch.set_num_threads(1)  # renews the thread pool that a fork breaks
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for case in ("pruned", "exact"):
+        model, low_rank, optimizer = training = started(case)
+        shard_frozen(model)
+        options = {"rows": slice(rank, None, 2), "wrapped": DistributedDataParallel(model)}
+        train(*training, HALF, **options)
+        states = {"optimizer": optimizer.state_dict(), "low_rank": low_rank.state_dict()}
+        torch.save(states | {"model": trained_tensors(model)}, folder / f"{case}-half-{rank}.pt")
+        train(*training, STEPS - HALF, **options)
+        loralib.save_adapter(model, folder / case)
+        held = sum(p.to_local().nbytes for p in model.parameters() if stored_form(p) == "sharded")
+        end = {"trained": trained_tensors(model), "pattern": low_rank.ranks and low_rank.ranks.pattern, "bytes": held}
+        torch.save(end, folder / f"{case}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_sharded_weights_train_save_and_resume_as_one(tmp_path):
+    """Before the tests of a group of one: a fork inherits its group."""
+    torch.multiprocessing.start_processes(_train_sharded, (tmp_path,), nprocs=2, start_method="fork")
+    for case in ("pruned", "exact"):
+        model, low_rank, _ = training = started(case)
+        before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+        train(*training, STEPS)
+        trained, ranks = trained_tensors(model), low_rank.ranks
+        assert all((tensor - before[name]).abs().max() > 1e-4 for name, tensor in trained.items())
+        pattern = ranks and ranks.pattern
+        assert pattern is None or 0 < sum(map(sum, pattern.values())) < sum(map(len, pattern.values()))
+        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        ends = [torch.load(tmp_path / f"{case}-{rank}.pt") for rank in (0, 1)]
+        assert sum(end["bytes"] for end in ends) == frozen and max(end["bytes"] for end in ends) < 0.52 * frozen
+        resumed, low_rank, optimizer = training = started(case)  # by one process
+        state = torch.load(tmp_path / f"{case}-half-1.pt")
+        load_trained_tensors(resumed, state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        low_rank.load_state_dict(state["low_rank"])
+        train(*training, STEPS - HALF)
+        ends.append({"trained": trained_tensors(resumed), "pattern": low_rank.ranks and low_rank.ranks.pattern})
+        for end in ends:
+            assert end["pattern"] == pattern
+            for name, expected in trained.items():
+                torch.testing.assert_close(end["trained"][name], expected, rtol=1e-5, atol=1e-6)
+        loralib.load_adapter(loaded := encoder(), tmp_path / case)  # onto the same base: the fingerprint is that
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -142,14 +142,11 @@ def run_watched(flags: list[str], stop_after: int | None = None) -> None:
     def watch(trainer, checkpoint):
         original(trainer, checkpoint)
         folder = Path(trainer.arguments.root_output_dir)
-        frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
         state = {
             "trained": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
             "ranks": trainer.low_rank.ranks.pattern if trainer.low_rank.ranks else None,
             "batch": effective_batch_size(trainer.args),
             "dropout_seed": torch.initial_seed(),
-            # of the part that this process holds
-            "frozen_bytes": sum(getattr(p, "to_local", lambda p=p: p)().nbytes for p in frozen),
         }
         torch.save(state, folder / f"process-{os.environ.get('RANK', '0')}.pt")
 

@@ -77,18 +77,6 @@ def test_parse_arguments_maps_published_flags_to_a_method(flags, method, allocat
     assert parsed.method == method and (allocation is None or parsed.rank_allocation is allocation)
 
 
-def test_an_argument_file_comes_first_and_flags_override_it(tmp_path):
-    values = {"model_name_or_path": "m", "task_name": "cola", "do_train": True, "root_output_dir": "out",
-              "method": "adalora", "lora_r": 6, "learning_rate": 1e-3, "cls_dropout": None}  # fmt: skip
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(values))  # JSON is YAML too
-    parsed = parse(f"{path} --lora_r 5")
-    assert parsed.lora_r == 5 and parsed.method == "adalora"
-    assert parsed.learning_rate == 1e-3 and parsed.do_train
-    assert parsed.target_rank == 2  # by default half the rank
-    assert parse(f"{path} --method lora2").method == "lora2"
-
-
 @pytest.mark.parametrize("flags, rate, rank, seed", [
     ("", 1.2e-3, 4, 6),
     ("--method full", 2e-5, 8, 6),  # the method's file wins over the published settings
@@ -144,6 +132,13 @@ def test_parse_arguments_refuses_wrong_flags_in_one_line(line):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_factors_are_not_split_by_accelerates_configuration(name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")  # as `accelerate launch` sets it
+    with pytest.raises(UsageError, match=f"{name} .accelerate's configuration.*use torchrun"):
+        parse(BASE)
+
+
 # ---- the Trainer's arguments ---------------------------------------------------------------------------------------
 
 
@@ -159,6 +154,7 @@ def test_pruning_flags_have_the_librarys_defaults():
     theirs = inspect.signature(loralib.RankAllocator).parameters
     ours = {flag.name: flag.default for flag in PRUNING_FLAGS if flag.name != "target_rank"}  # half of lora_r
     assert ours == {name: theirs[name].default for name in ours}
+    assert parse(f"{BASE} --method adalora --lora_r 6").target_rank == 3
 
 
 def test_trainer_arguments_has_every_value_of_the_command(tmp_path, monkeypatch):

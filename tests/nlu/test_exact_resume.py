@@ -103,7 +103,7 @@ def test_run_killed_at_random_points_resumes_exactly(base_flags, tmp_path):
 
 
 TWO = "--max_steps 40 --save_steps 5 --eval_steps 6 --logging_steps 3 --per_device_train_batch_size 4"
-LAUNCH = [ROOT / "scripts/launch.py", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCH = [ROOT / "scripts/launch.py", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.mark.slow

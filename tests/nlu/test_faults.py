@@ -18,9 +18,10 @@ from nlu.data import splits
 from nlu.experiments.lines import read_lines
 from nlu.run_glue import main
 from nlu.runs import record
+from nlu.runs.progress import Progress
 from nlu.runs.resume import last_checkpoint
 from nlu.runs.signals import Interrupted, StopRequest
-from nlu.trainer import GlueTrainer, StepClock
+from nlu.trainer import GlueTrainer
 from tests.nlu.killed_runs import BrokenOff, break_off, dying, outcome, run_broken_off, run_signalled
 from tests.nlu.tiny import changed, error_line, make_rows, read, tiny_run, write_rows
 
@@ -88,7 +89,7 @@ def test_finished_run_predicts_from_its_last_step(flags, run_folder, monkeypatch
     monkeypatch.setattr("nlu.trainer.compute_glue_metrics", lambda *_: {"matthews_correlation": next(scores)})
     flags = [*changed(flags, eval_steps=2, max_steps=10, save_steps=3), *options]
     assert main(flags) == 0 and (before := read(flags))["best_step"] == 6
-    monkeypatch.setattr(StepClock, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(Progress, "on_step_begin", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr("nlu.trainer.compute_glue_metrics", lambda *_: {"matthews_correlation": 0.5})
     monkeypatch.setattr(record, "peak_memory_bytes", lambda: 1)  # predicting takes less
     assert main([*flags, "--do_predict"]) == 0 and (run_folder / "predictions").is_dir()
@@ -196,8 +197,8 @@ def nan_weight(self, args, state, control, model=None, **kwargs):
     ("owner", "name", "fault", "options", "saved"),
     [
         (GlueTrainer, "task_loss", infinite_loss, {}, ["checkpoint-2"]),
-        (StepClock, "on_optimizer_step", nan_weight, {"logging_steps": 100}, ["checkpoint-2"]),
-        (StepClock, "on_optimizer_step", nan_weight, {"logging_steps": 100, "save_strategy": "no"}, []),
+        (Progress, "on_optimizer_step", nan_weight, {"logging_steps": 100}, ["checkpoint-2"]),
+        (Progress, "on_optimizer_step", nan_weight, {"logging_steps": 100, "save_strategy": "no"}, []),
     ],
     ids=["loss", "weight", "weight in the last step, without checkpoints"],
 )

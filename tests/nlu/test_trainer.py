@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate.data_loader import BatchSamplerShard
 from packaging.requirements import Requirement
 from packaging.version import Version
-from torch.utils.data import BatchSampler
 from transformers import Trainer
 
 from loralib import lora_layers
@@ -20,9 +18,9 @@ from nlu.data.batching import SeededRandomSampler
 from nlu.data.splits import load_data
 from nlu.fine_tuning import build_trainer
 from nlu.run_glue import main
+from nlu.runs.progress import Progress
 from nlu.runs.resume import WholeCheckpoints
-from nlu.tasks import TASKS
-from nlu.trainer import GlueTrainer, StepClock
+from nlu.trainer import GlueTrainer
 from tests.nlu.tiny import changed, read
 
 # The oldest and the newest transformers with which these tests, those of run_glue.py and those of nlu/fast have passed;
@@ -61,9 +59,9 @@ def test_time_of_steps_excludes_evaluations_and_checkpoints(base_flags, monkeypa
 
     lasts(GlueTrainer, "training_step", 1)
     lasts(GlueTrainer, "check_finite", 0.5)  # waits for the step
-    lasts(StepClock, "on_evaluate", 100)
-    lasts(StepClock, "on_save", 100)
-    monkeypatch.setattr("nlu.trainer.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    lasts(Progress, "on_evaluate", 100)
+    lasts(Progress, "on_save", 100)
+    monkeypatch.setattr("nlu.runs.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert main(changed(base_flags, logging_steps=logging_steps)) == 0
     record = read(base_flags)
     waited = 0.5 * len({*range(logging_steps, 7, logging_steps), 2, 3, 4, 6})  # logged, evaluated at 3, saved at 2
@@ -101,25 +99,6 @@ def test_seed_determines_the_initial_values(base_flags):
         starts.append([layer.lora_A[0] for layer in lora_layers(trainer.model).values()])
     for one, same, other in zip(*starts, strict=True):
         assert torch.equal(one, same) and not torch.equal(one, other)
-
-
-@pytest.mark.parametrize("task, rows, processes, accumulation", [
-    ("cola", 50, 1, 1), ("mrpc", 33, 2, 1), ("stsb", 37, 2, 1), ("mrpc", 70, 2, 2), ("mrpc", 32, 2, 1),
-])  # fmt: skip
-def test_steps_of_an_epoch_count_each_row_once_for_any_number_of_processes(task, rows, processes, accumulation):
-    sampler, counted, seen = SeededRandomSampler(rows, 0), [], []
-    for rank in range(processes):
-        shard = list(BatchSamplerShard(BatchSampler(sampler, 4, drop_last=False), processes, rank))
-        state, args = SimpleNamespace(), SimpleNamespace(train_batch_size=4, world_size=processes, process_index=rank)
-        accelerator = SimpleNamespace(gradient_state=state)
-        trainer = SimpleNamespace(task=TASKS[task], train_sampler=sampler, args=args, accelerator=accelerator)
-        batches = iter([{"labels": torch.tensor(batch, dtype=torch.float32)} for batch in shard])
-        for first in range(0, len(shard), accumulation):
-            state.end_of_dataloader = first + accumulation >= len(shard)
-            step, count = GlueTrainer.get_batch_samples(trainer, batches, accumulation, None)
-            counted.append(count / processes)
-            seen += [row for batch in step for row in batch["labels"].tolist() if row >= 0]
-    assert sum(counted) == rows and sorted(seen) == list(range(rows))
 
 
 def test_order_of_the_rows_follows_the_seed_and_buckets_have_the_rows_of_a_step(finished, monkeypatch):
