@@ -25,7 +25,6 @@ from nlu.runs.machine import git_commit
 from nlu.runs.signals import handled_by
 from tests.nlu import sweeps
 from tests.nlu.sweeps import BASIC, ONE, lines_of, places_of, record_of
-from tests.nlu.test_run_contents import model
 from tests.nlu.tiny import PATIENCE, wait_until
 
 
@@ -88,7 +87,10 @@ def test_changed_arguments_are_refused_before_anything_starts_or_replaced_when_a
 
 
 def test_changed_contents_are_refused_and_a_moved_folder_is_not(run_sweep, tmp_path):
-    places = [model(tmp_path / each / "encoder", each.encode()) for each in "ab"]
+    places = [tmp_path / each / "encoder" for each in "ab"]
+    for place in places:
+        place.mkdir(parents=True)
+        (place / "model.safetensors").write_text(str(place))
     small = BASIC | {"grid": ONE}
     assert run_sweep(small, "--set", f"model_name_or_path={places[0]}")[0] == 0
     code, _, err = run_sweep(small, "--set", f"model_name_or_path={places[1]}")
