@@ -128,19 +128,3 @@ def test_pooler_inside_the_encoder_may_be_part_of_the_head():
     seen = []
     model.bert.pooler.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     assert model(IDS).logits.dtype == torch.float32 and seen == [torch.float32]
-
-
-def test_parameters_of_an_own_class_of_layers_train_in_float32_beside_a_head():
-    class Scaled(nn.Linear):
-        def __init__(self, linear):
-            super().__init__(linear.in_features, linear.out_features, device="meta")
-            self.weight, self.bias, self.scale = linear.weight, linear.bias, nn.Parameter(torch.ones(()))
-
-        def forward(self, x):
-            return super().forward(x) * self.scale
-
-    model = nn.Sequential(Scaled(nn.Linear(4, 4)), nn.Linear(4, 2))
-    model[0].weight.requires_grad_(False)
-    model[0].bias.requires_grad_(False)
-    cast_frozen(model, torch.bfloat16, head=model[1])
-    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
