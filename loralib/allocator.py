@@ -183,8 +183,7 @@ class RankAllocator:
 
     def _update_scores(self) -> None:
         if all(layer.lora_E.grad is None for layer in self.layers.values()):
-            raise ValueError("no singular value has a gradient: call this before the gradients are cleared, and train "
-                             "with this adapter active and not merged")  # fmt: skip
+            raise ValueError("no singular value has a gradient: it was cleared, or the adapter is merged or inactive")
         parameters = [parameter for parameter, *_ in self._scored()]
         # A missing gradient (an unused module) and a non-finite entry (a step skipped in float16) count as 0.
         current = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters])

@@ -224,8 +224,7 @@ def unscale(optimizer: torch.optim.Optimizer, scaler: Any = None) -> None:
 def check_optimizers(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> None:
     """Raises ValueError if the optimisers lack a parameter of ``model`` that requires a gradient: it would never
     change. They were made before ``inject()``, ``compact()`` or the unfreezing of the head, or for another model."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    held = {id(parameter) for group in groups for parameter in group["params"]}
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in held:
             raise ValueError(

@@ -241,8 +241,7 @@ def _read_pairs(
     path = Path(folder) / CONFIG_FILE
     values = read_json_object(path, ADVICE)
     if (parts := _PARTS.get(values["peft_type"])) is None:
-        raise ValueError(f"{path}: peft_type is {values['peft_type']!r:.80}; only {' and '.join(_PARTS)} are converted "
-                         "to LORA, the format for other tools")  # fmt: skip
+        raise ValueError(f"{path}: peft_type is {values['peft_type']!r:.80}; only {' and '.join(_PARTS)} become a LORA")
     tensors = sorted(read_tensors(Path(folder) / WEIGHTS_FILE).items())  # safetensors gives them in any order
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors}
     pairs = {}

@@ -55,9 +55,8 @@ def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
             )
             return model.eval()
         except Exception as error:  # a damaged file can raise any kind of exception
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            if not Path(source).exists() and name_on_hub(source) != source:
-                reason = "there is no such folder"
+            missing = not Path(source).exists() and name_on_hub(source) != source
+            reason = "no such folder" if missing else " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"--base {source} cannot be loaded: {reason}") from None
 
 
