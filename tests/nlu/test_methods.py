@@ -19,7 +19,7 @@ from nlu.errors import UsageError
 from nlu.methods.full import is_bias
 from nlu.methods.method import head_parameters
 from nlu.methods.peft_methods import make_peft_config
-from nlu.methods.registry import METHODS, apply_without_weights, count_parameters, method_arguments
+from nlu.methods.registry import METHODS, apply_without_weights, count_parameters, method_arguments, rebuild
 from nlu.model import set_precision
 from nlu.run_glue import main
 from tests.loralib import small
@@ -309,6 +309,17 @@ def test_pruned_parameters_of_pefts_adalora_are_the_rows_and_columns_of_its_zero
 def test_a_peft_config_that_would_train_something_else_is_refused(content, message):
     with pytest.raises(UsageError, match=message):
         make_peft_config(content, 10)
+
+
+def test_a_card_names_no_file_that_is_read_and_no_method_without_modules_of_its_own(tmp_path):
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["query"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    card = {"method_arguments": {"method": "peft", "peft_config": str(tmp_path / "config.json")}}
+    for wrong in (card, {"method_arguments": {"method": "lora"}}, {"method_arguments": {"method": "none"}}):
+        with pytest.raises(UsageError, match="card does not describe its method"):
+            rebuild(small.encoder(), wrong)
+    rebuild(model := small.encoder(), card | {"peft_config": config})  # as 0.4 wrote it
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2
 
 
 @pytest.mark.parametrize("config, known", [

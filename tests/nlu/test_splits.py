@@ -108,12 +108,6 @@ def test_pairs_keep_their_order_and_truncated_rows_are_counted():
     assert tokens["length"][:] == [6, 7, 11] and cut == 0
 
 
-@pytest.mark.parametrize("names", [["input_ids", "attention_mask"], ["input_ids"]])
-def test_the_tokenizer_decides_which_inputs_the_model_gets(names):
-    tokens, _ = tokens_of(TASKS["rte"], [["a", "b"]], [0], model_input_names=names)
-    assert {*tokens.column_names} == {*names, "labels", "idx", "length"}
-
-
 @pytest.mark.parametrize(
     ("task", "labels", "there"),
     [("mrpc", [-1, -1], False), ("mrpc", [1, 0], True), ("mrpc", [1, -1], False), ("stsb", [0.5, -1.0], False)],
