@@ -34,7 +34,6 @@ class Task:
         value_range: the lowest and highest label of a regression task, or None for no bounds.
         official_file: the official release's file, if it is not `train.tsv`, `dev*.tsv` or `test*.tsv` in the folder
             `name` or `display`.
-        official_names: pairs (hub's column, TSV column) of the columns that the official release calls otherwise.
         official_header: the columns of a train or dev TSV file that has no header line.
         short_rows_skipped: whether to skip the release's rows with missing fields, which the hub's copy lacks.
         submission_files: the GLUE server's file name for each of `test_splits`, with the number of rows it wants.
@@ -53,7 +52,6 @@ class Task:
     second_rows: int | None = None
     value_range: tuple[float, float] | None = None
     official_file: str | None = None
-    official_names: tuple[tuple[str, str], ...] = ()
     official_header: tuple[str, ...] = ()
     short_rows_skipped: bool = False
     submission_files: tuple[tuple[str, int], ...] = ()
@@ -86,7 +84,6 @@ class Task:
 _ENTAILMENT = ("entailment", "not_entailment")
 _MNLI = ("entailment", "neutral", "contradiction")
 _PAIR = ("sentence1", "sentence2")
-_PREMISE = (("premise", "sentence1"), ("hypothesis", "sentence2"))
 
 _ROWS = (
     Task(
@@ -117,7 +114,6 @@ _ROWS = (
         ("not_equivalent", "equivalent"),
         ("accuracy", "f1"),
         train_rows=3668,
-        official_names=(("sentence1", "#1 String"), ("sentence2", "#2 String"), ("label", "Quality")),
         submission_files=(("MRPC.tsv", 1725),),
         server_numbers=True,
     ),
@@ -128,7 +124,6 @@ _ROWS = (
         ("not_duplicate", "duplicate"),
         ("accuracy", "f1"),
         train_rows=363846,
-        official_names=(("label", "is_duplicate"),),
         short_rows_skipped=True,
         submission_files=(("QQP.tsv", 390965),),
         server_numbers=True,
@@ -141,7 +136,6 @@ _ROWS = (
         ("pearson", "spearmanr"),
         train_rows=5749,
         value_range=(0.0, 5.0),
-        official_names=(("label", "score"),),
         submission_files=(("STS-B.tsv", 1379),),
     ),
     Task(
@@ -154,7 +148,6 @@ _ROWS = (
         validation_splits=("validation_matched", "validation_mismatched"),
         test_splits=("test_matched", "test_mismatched"),
         second_rows=9832,
-        official_names=(*_PREMISE, ("label", "gold_label")),
         submission_files=(("MNLI-m.tsv", 9796), ("MNLI-mm.tsv", 9847)),
     ),
     Task(
@@ -187,7 +180,6 @@ _ROWS = (
         train_splits=(),
         validation_splits=(),
         official_file="diagnostic/diagnostic.tsv",
-        official_names=_PREMISE,
         submission_files=(("AX.tsv", 1104),),
     ),
 )

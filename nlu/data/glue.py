@@ -12,6 +12,9 @@ from nlu.tasks import Task
 HUB_DATASET, _HUB_COMMIT = "nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _FIVE = "[0-9]" * 5
+# What the official release calls columns, if not as the hub.
+_PAIRS = (("sentence1", "sentence2"), ("#1 String", "#2 String"))
+_LABELS = ("label", "gold_label", "is_duplicate", "Quality", "score")
 _HIDDEN = (-1, "-1", "-1.0", "", None)  # the labels of test sets that hide them
 _FLOAT32_MAX = 3.4028234e38
 
@@ -35,14 +38,15 @@ def load_split(
         return _from_hub(task, split, cache_dir)
     paths = required_files(task, split, glue_dir)
     official, hidden = paths[0].suffix == ".tsv", split in task.test_splits
-    names = dict(task.official_names) if official else {}
-    text, label = [names.get(field, field) for field in task.text_fields], names.get("label", "label")
+    names = (task.text_fields, *(_PAIRS if len(task.text_fields) == 2 else ()))
     header = task.official_header if official and not hidden else ()
     columns: dict[str, list] = {name: [] for name in (*task.text_fields, "label", "idx")}
     on_error = "skip" if official and task.short_rows_skipped else None
     for path in paths:
         with open(path, "rb") as stream:
             reader, first = Reader(stream, path, header=header), len(columns["idx"])
+            text = next((each for each in names if {*each} <= {*reader.columns}), task.text_fields)
+            label = next((name for name in _LABELS if name in reader.columns), "label")
             for row in reader.good_rows(text, [] if hidden else [label], on_error=on_error):
                 for field, name in zip(task.text_fields, text, strict=True):
                     columns[field].append(row.values[name])
