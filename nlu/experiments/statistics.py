@@ -203,19 +203,14 @@ def paired(runs: pd.DataFrame, label: str, against: str | None) -> pd.DataFrame:
 
 
 def estimate(pairs: pd.DataFrame) -> Estimate:
-    """The mean over tasks, as strata, of the mean over seeds of paired differences."""
+    """The mean over tasks, as strata, of the mean over seeds of paired differences.
+
+    The variances of the tasks add; the degrees of freedom follow Welch and Satterthwaite (Biometrics Bulletin 2, 1946).
+    """
     groups = pairs.groupby("task", sort=False).difference
     mean, variances, sizes = groups.mean().mean(), groups.var(), groups.size()
     if not len(pairs) or sizes.min() < 2 or variances.max() < ROUNDING:
         return Estimate(mean)
-    return Estimate(mean, *error_of_strata(variances, sizes))
-
-
-def error_of_strata(variances: pd.Series, sizes: pd.Series | int) -> tuple[float, float]:
-    """Standard error of the mean over tasks, from each task's variance and number of pairs, and degrees of freedom.
-
-    The variances of the tasks add; the degrees of freedom follow Welch and Satterthwaite (Biometrics Bulletin 2, 1946).
-    """
     parts = variances / sizes / len(variances) ** 2
     total = parts.sum()
-    return total**0.5, 1 / ((parts / total) ** 2 / (sizes - 1)).sum()
+    return Estimate(mean, total**0.5, 1 / ((parts / total) ** 2 / (sizes - 1)).sum())
