@@ -10,8 +10,6 @@ encoder itself returns whole sequences. The decision is passed as an argument, s
 
 from __future__ import annotations
 
-import functools
-import inspect
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,7 +21,6 @@ COVERED = ("Bert", "DebertaV2", "MPNet", "Roberta")
 # Each thread has its own values: another thread may call the encoder alone.
 _ALONE: ContextVar[bool] = ContextVar("in a call of the classifier", default=False)
 _CUT: ContextVar[bool] = ContextVar("in a layer that computes the first token alone", default=False)
-_signature = functools.cache(inspect.signature)
 
 
 class _FirstToken:
@@ -77,13 +74,9 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a call of the classifier: compute the first token alone unless more is requested."""
     if torch.compiler.is_compiling():
         return
-    given = _signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-    given |= given.get("kwargs", {})
-    for name in ("output_hidden_states", "output_attentions"):
-        asked = given.get(name)
-        if getattr(model.config, name) if asked is None else asked:
-            return
-    _ALONE.set(True)
+    names = ("output_hidden_states", "output_attentions")
+    asked = [getattr(model.config, name) if kwargs.get(name) is None else kwargs[name] for name in names]
+    _ALONE.set(not any(asked) and not any(value is True for value in args))
 
 
 def _end(*_: Any) -> None:
