@@ -74,7 +74,7 @@ class RunRecord(TrainerCallback):
             "best_step": best_step,
             "last": last,
             "evaluations": evaluations,
-            **self.progress(),
+            **self.sizes_and_times(),
             "rate_sum": None if status == "running" else _rate_sum(self.trainer),  # it calls the schedule at every step
             "training_loss": self.trainer.progress.training_losses(),
             "history": self.history(),
@@ -83,7 +83,7 @@ class RunRecord(TrainerCallback):
             write_json(self.path, record)
         return record
 
-    def progress(self) -> dict[str, Any]:
+    def sizes_and_times(self) -> dict[str, Any]:
         """The fields that change during training."""
         trainer, ranks = self.trainer, self.trainer.low_rank.ranks
         steps, seconds = trainer.state.global_step, trainer.progress.seconds
