@@ -10,7 +10,6 @@ encoder itself returns whole sequences. The decision is passed as an argument, s
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,30 +17,27 @@ from torch import nn
 
 # Models of transformers, in whose layers nothing mixes tokens after the attention; by name, because imports are slow.
 COVERED = ("Bert", "DebertaV2", "MPNet", "Roberta")
-# Each thread has its own values: another thread may call the encoder alone.
-_ALONE: ContextVar[bool] = ContextVar("in a call of the classifier", default=False)
-_CUT: ContextVar[bool] = ContextVar("in a layer that computes the first token alone", default=False)
 
 
 class _FirstToken:
     """The mix-in of a layer whose attention's output is cut to the first token inside a call of the classifier."""
 
+    attention: nn.Module
+    alone = False  # whether the classifier is being called, and reads nothing else
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs, first_token_alone=_ALONE.get())
+        return super().__call__(*args, **kwargs, first_token_alone=self.alone)
 
     def forward(self, *args: Any, first_token_alone: bool = False, **kwargs: Any) -> Any:
         if not first_token_alone:
             return super().forward(*args, **kwargs)
-        before = _CUT.set(True)
-        try:
+        with self.attention.register_forward_hook(_cut):
             return super().forward(*args, **kwargs)
-        finally:
-            _CUT.reset(before)
 
 
 def _cut(attention: nn.Module, args: tuple, output: tuple) -> tuple:
-    """The attention's output (B, L, hidden), or its first token, and what else it returns."""
-    return (output[0][:, :1], *output[1:]) if _CUT.get() else output
+    """The first token (B, 1, hidden) of the attention's output, and what else it returns."""
+    return (output[0][:, :1], *output[1:])
 
 
 def enable_first_token(model: nn.Module) -> bool:
@@ -58,7 +54,6 @@ def enable_first_token(model: nn.Module) -> bool:
     if as_whole or not _is_covered(last, "Layer"):
         return False
     last.__class__ = type(f"FirstToken{type(last).__name__}", (_FirstToken, type(last)), {})
-    last.attention.register_forward_hook(_cut)
     model.register_forward_pre_hook(_begin, with_kwargs=True)
     model.register_forward_hook(_end, always_call=True)
     return True
@@ -76,9 +71,10 @@ def _begin(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         return
     names = ("output_hidden_states", "output_attentions")
     asked = [getattr(model.config, name) if kwargs.get(name) is None else kwargs[name] for name in names]
-    _ALONE.set(not any(asked) and not any(value is True for value in args))
+    asked += [value is True for value in args]  # without their names
+    model.base_model.encoder.layer[-1].alone = not any(asked)
 
 
-def _end(*_: Any) -> None:
+def _end(model: nn.Module, *_: Any) -> None:
     if not torch.compiler.is_compiling():
-        _ALONE.set(False)
+        model.base_model.encoder.layer[-1].alone = False

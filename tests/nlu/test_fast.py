@@ -2,7 +2,6 @@
 
 import copy
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -207,15 +206,7 @@ def test_one_token_is_enough_for_the_classifier(kind, changes):
 def test_direct_call_of_the_encoder_gives_the_whole_sequence(kind):
     model, inputs = build(kind).eval(), batch()
     speed_up(model)
-    asked, lengths = {name: value for name, value in inputs.items() if name != "labels"}, []
-
-    def ask(*_):
-        hook.remove()
-        with ThreadPoolExecutor(1) as thread:
-            lengths.append(thread.submit(model.base_model, **asked).result().last_hidden_state.shape[1])
-
-    hook = model.base_model.encoder.layer[-1].intermediate.register_forward_hook(ask)
-    assert model(**inputs).logits.shape == (3, 2) and lengths == [11]  # another thread's call is not affected
+    asked = {name: value for name, value in inputs.items() if name != "labels"}
     with pytest.raises((AttributeError, TypeError)):
         model(input_ids="no tensor")  # a failed call must not affect the next one
     assert model.base_model(**asked).last_hidden_state.shape[1] == 11
