@@ -69,6 +69,7 @@ def test_scores_are_those_of_each_row_alone(encoder, scorer, input_files, tmp_pa
     out = tmp_path / "out.jsonl"
     flags = ["--adapter", str(scorer[0]), "--base", str(encoder), "--output", str(out), "--batch_size", "7"]
     flags += ["--input", str(input_files / f"rows.{suffix}")]
+    out.touch()  # an empty file has nothing to lose
     assert main(flags) == 0
     written = out.read_text()
     assert main(flags) == 2 and out.read_text() == written  # never over an older output
