@@ -137,8 +137,8 @@ def _check_factors(args: Any, given: Collection[str]) -> None:
         args.target_rank = max(1, args.lora_r // 2)
 
 
-def inject_layers(model: nn.Module, args: Any, kind: str, **scales: Any) -> list[str]:
-    """Put low-rank layers of a kind into the selected modules, freeze all but them and the head; return the names.
+def inject_layers(model: nn.Module, args: Any, kind: str, **scales: Any) -> None:
+    """Put low-rank layers of a kind into the selected modules, and freeze all but them and the head.
 
     Raises:
         UsageError: if a module cannot have such a layer.
@@ -147,14 +147,13 @@ def inject_layers(model: nn.Module, args: Any, kind: str, **scales: Any) -> list
     from loralib.model import factors_of
 
     try:
-        names = loralib.inject(
+        loralib.inject(
             model, kind, adapted_modules(model, args), r=args.lora_r, lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout, **scales,
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(reason(error)) from None
     train_only(model, factors_of(model))
-    return names
 
 
 def _width(model: nn.Module, args: Any) -> int:

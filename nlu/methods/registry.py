@@ -19,8 +19,6 @@ from nlu.methods.method import Method, head_parameters
 if TYPE_CHECKING:
     from torch import nn
 
-    from loralib.training import Training
-
 
 def _registered() -> list[Method]:
     found: list[Method] = []
@@ -44,11 +42,8 @@ def flag_methods(name: str) -> list[str]:
     return [method.name for method in METHODS.values() if any(flag.name == name for flag in method.flags)]
 
 
-def apply_without_weights(model: nn.Module, args: Any, total_steps: int) -> Training | None:
-    """Apply the method to a model on the meta device, so that its errors and sizes are known before a model is loaded.
-
-    Returns:
-        What ``apply`` returns; None for layers of peft that read the weights when they are made.
+def apply_without_weights(model: nn.Module, args: Any, total_steps: int) -> None:
+    """Apply the method to a model on the meta device, so that its errors are known before a model is loaded.
 
     Raises:
         UsageError: as the method's ``apply``.
@@ -57,11 +52,10 @@ def apply_without_weights(model: nn.Module, args: Any, total_steps: int) -> Trai
 
     try:
         with torch.device("meta"):
-            return METHODS[args.method].apply(model, args, total_steps)
-    except RuntimeError as error:  # "Cannot copy out of meta tensor", "aten::bincount: … with Meta tensors"
+            METHODS[args.method].apply(model, args, total_steps)
+    except RuntimeError as error:  # layers of peft that read the weights: "Cannot copy out of meta tensor", and others
         if "meta tensor" not in str(error).lower():
             raise
-        return None
 
 
 # ---- the adapter's card --------------------------------------------------------------------------------------------

@@ -322,14 +322,12 @@ def test_a_card_names_no_file_that_is_read_and_no_method_without_modules_of_its_
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2
 
 
-@pytest.mark.parametrize("config, known", [
-    ({"peft_type": "LORA"}, True), ({"peft_type": "UNILORA"}, False), ({"peft_type": "BOFT"}, False),
-])  # fmt: skip
-def test_size_without_weights_is_unknown_only_for_layers_that_read_them(config, known, monkeypatch):
-    args = arguments_of("peft", peft_config=config | {"target_modules": ["query"]})
+@pytest.mark.parametrize("kind", ["LORA", "UNILORA", "BOFT"])
+def test_a_check_without_weights_passes_layers_that_read_them_and_no_other_fault(kind, monkeypatch):
+    args = arguments_of("peft", peft_config={"peft_type": kind, "target_modules": ["query"]})
     with torch.device("meta"):
         model = small.encoder()
-    assert (apply_without_weights(model, args, 100) is not None) == known
+    apply_without_weights(model, args, 100)
 
     def broken(*_):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
