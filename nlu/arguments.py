@@ -119,7 +119,6 @@ _SCHEDULES = (
 MODEL_FLAGS = (
     Flag("model_name_or_path", str, None, "Hub name or local folder of the pretrained encoder."),
     Flag("model_revision", str, "main", "Branch, tag or commit of the model on the hub."),
-    Flag("cache_dir", str, None, "Folder for files downloaded from the hub."),
     Flag("cls_dropout", float, None, "Dropout probability before the classifier. Default: the model's own.", SHARE),
     Flag("no_fast_attention", bool, False,
          "Use transformers' own attention and compute every token in the last layer, not the faster equivalents."),

@@ -64,7 +64,7 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, Head]:
         UsageError: if the model does not exist or cannot be read.
     """
     name = arguments.model_name_or_path
-    source = {"revision": arguments.model_revision, "cache_dir": arguments.cache_dir}
+    source = {"revision": arguments.model_revision}
     try:
         # A branch may move between two loads: all processes load one commit.
         folder = first_computes(lambda: model_folder(name, **source))
@@ -155,8 +155,8 @@ def load_model(arguments: Arguments, config: Any, head: Head) -> nn.Module:
     try:
         with quiet_transformers():
             loaded, info = AutoModelForSequenceClassification.from_pretrained(
-                name, config=config, revision=config._commit_hash, cache_dir=arguments.cache_dir,
-                dtype=torch.float32, output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True,
+                name, config=config, revision=config._commit_hash, dtype=torch.float32,
+                output_loading_info=True, trust_remote_code=False, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except Exception as error:  # a damaged file can raise any exception
         raise _unreadable(arguments, error) from None

@@ -156,7 +156,7 @@ def _pair(text: str) -> tuple[str, Any]:
     if not key or not value.strip():
         raise argparse.ArgumentTypeError(f"{text} must have the form KEY=VALUE; KEY=null removes a flag")
     try:
-        return key, value if key in (*INPUTS, "cache_dir") and value != "null" else parse_yaml(value)
+        return key, value if key in INPUTS and value != "null" else parse_yaml(value)
     except ValueError:
         return key, value
 

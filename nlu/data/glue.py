@@ -19,9 +19,7 @@ _HIDDEN = (-1, "-1", "-1.0", "", None)  # the labels of test sets that hide them
 _FLOAT32_MAX = 3.4028234e38
 
 
-def load_split(
-    task: Task, split: str, glue_dir: str | Path | None = None, cache_dir: str | None = None
-) -> dict[str, list]:
+def load_split(task: Task, split: str, glue_dir: str | Path | None = None) -> dict[str, list]:
     """Load one split of a task.
 
     Args:
@@ -35,7 +33,7 @@ def load_split(
         UsageError: if the split is missing or a file is malformed; the message names the file and the line.
     """
     if glue_dir is None:
-        return _from_hub(task, split, cache_dir)
+        return _from_hub(task, split)
     paths = required_files(task, split, glue_dir)
     official, hidden = paths[0].suffix == ".tsv", split in task.test_splits
     names = (task.text_fields, *(_PAIRS if len(task.text_fields) == 2 else ()))
@@ -88,11 +86,11 @@ def _label(reader: Reader, row: Row, value: object, task: Task, split: str) -> f
     raise reader.error(row.place, f"label {shown(value)}: the labels of {task.name} {split} are {expected}")
 
 
-def _from_hub(task: Task, split: str, cache_dir: str | None) -> dict[str, list]:
+def _from_hub(task: Task, split: str) -> dict[str, list]:
     from datasets import load_dataset  # imported here because it takes a second and only the hub needs it
 
     try:
-        rows = load_dataset(HUB_DATASET, task.name, revision=_HUB_COMMIT, split=split, cache_dir=cache_dir)
+        rows = load_dataset(HUB_DATASET, task.name, revision=_HUB_COMMIT, split=split)
         return rows.select_columns([*task.text_fields, "label", "idx"])[:]
     except Exception as error:  # the hub's client raises dozens of unrelated types, all meaning the same to the user
         raise UsageError(

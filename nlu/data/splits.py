@@ -72,8 +72,7 @@ def load_data(arguments: Any) -> Data:
 
 
 def _load_glue(task: Task, splits: Sequence[str], arguments: Any) -> Rows:
-    folder, cache = arguments.glue_dir, arguments.cache_dir
-    return {split: _dataset(task, load_split(task, split, folder, cache)) for split in splits}
+    return {split: _dataset(task, load_split(task, split, arguments.glue_dir)) for split in splits}
 
 
 def _limit(rows: Rows, arguments: Any) -> Rows:

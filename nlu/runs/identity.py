@@ -31,9 +31,7 @@ _MODEL_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", *TOKENIZER
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # The places of files, which may differ even between the processes of a run.
-PLACES = frozenset(
-    {"cache_dir", "glue_dir", "measured_dir", "root_output_dir", "test_file", "train_file", "validation_file"}
-)
+PLACES = frozenset({"glue_dir", "measured_dir", "root_output_dir", "test_file", "train_file", "validation_file"})
 # Arguments that may differ in the same run: also reporting, the device, and how the processes share a batch (the rows
 # of an optimiser step are compared apart).
 FREE = PLACES | {

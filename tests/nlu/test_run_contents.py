@@ -152,13 +152,14 @@ def test_a_run_and_its_resumption_load_one_commit_of_a_model_on_the_hub(
 ):
     """The branch moves to a commit that cannot be loaded, between the configuration and the weights."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     first, cache = "a" * 40, tmp_path / "models--org--net"
     snapshot, branch = shutil.copytree(encoder, cache / "snapshots" / first), cache / "refs/mine"
     branch.parent.mkdir()
     branch.write_text(first)
     monkeypatch.setattr(fine_tuning, "tokenize", lambda *args: branch.write_text("b" * 40) and tokenize(*args))
     named = changed(base_flags, model_name_or_path="org/net")
-    flags = [*named, "--cache_dir", str(tmp_path), "--model_revision", "mine"]
+    flags = [*named, "--model_revision", "mine"]
     assert main(flags) == main([*flags, "--do_predict"]) == 0
     record = read(flags)
     assert record["resumes"] == 1 and record["model_commit"] == first
