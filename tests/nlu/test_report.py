@@ -22,16 +22,17 @@ def make(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Drawing, "png", lambda _: b"")
 
     def call(lines, **more):
+        monkeypatch.chdir(tmp_path)
         for name, own in {"trial": lines, **more}.items():
-            write(tmp_path / "measured", name, own)
-        code, page = report.main(["--measured_dir", str(tmp_path / "measured")]), tmp_path / "report.md"
+            write(tmp_path / "output/measured", name, own)
+        code, page = report.main([]), tmp_path / "output/report.md"  # in the default folders
         return code, page.read_text(encoding="utf-8") if page.exists() else "", capsys.readouterr().err
 
     return call
 
 
 def scores(folder):
-    return pd.read_csv(folder / "tables/scores.csv")
+    return pd.read_csv(folder / "output/tables/scores.csv")
 
 
 def drawn(lines, tuning=()):
@@ -62,20 +63,10 @@ def test_same_lines_give_the_same_bytes(make, tmp_path):
     first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")}
     make(trial()[::-1])
     assert len(first) == 2 and all(path.read_bytes() == content for path, content in first.items())
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"trial_differences.png", "trial_curves.png"}
-
-
-def test_setting_comes_from_the_lines(make, tmp_path, monkeypatch):
-    """Runs with another model, for six steps and on 100 rows are not called the paper's table."""
-    changes = {"steps": 6, "arguments": {"max_eval_samples": 100, "num_train_epochs": 3, "method_config": "lora2"}}
-    lines = [line("LoRA² k=8", "rte", 1, [0.5], machine={"cpu": "AMD EPYC"}, **changes)]
-    lines.append(line("AdaLoRA", "rte", 1, [0.5], steps=6, arguments={"num_train_epochs": 30, "max_steps": 6}))
-    write(tmp_path / "output/measured", "own", lines)  # max_steps ends the second run before its epochs
-    monkeypatch.chdir(tmp_path)
-    assert report.main([]) == 0  # in the default folders
-    page = (tmp_path / "output/report.md").read_text()
-    assert "## own" in page and "published" not in page
-    assert "Measured: minilm; 3 epochs; 6 steps; at most 100 validation rows in some runs; 1 seed; AMD EPYC." in page
+    assert {path.name for path in (tmp_path / "output/figures").iterdir()} == {
+        "trial_differences.png",
+        "trial_curves.png",
+    }
 
 
 def test_papers_table_has_last_best_and_published_scores_of_each_task(make):
