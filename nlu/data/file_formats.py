@@ -174,11 +174,11 @@ class Reader:
     def _set_columns(self, names: list[str]) -> None:
         if fault := self._undecoded("the column names are", "".join(names)):
             raise self.error(1, fault)
-        if twice := next((name for name in names if name and names.count(name) > 1), None):
+        self.columns = [name or f"column {number}" for number, name in enumerate(names, 1)]
+        if twice := next((name for name in self.columns if self.columns.count(name) > 1), None):
             raise self.error(1, f"two columns are called {twice!r}")
         if len(names) == 1 and (mark := next((mark for mark in ";|\t," if mark in names[0]), None)):
             raise self.error(1, f"{mark!r} does not separate columns here: use commas (.csv) or tabs (.tsv)")
-        self.columns = [name or f"column {number}" for number, name in enumerate(names, 1)]
 
     def _json(self, text: io.TextIOWrapper) -> _Found:
         """One object per line."""

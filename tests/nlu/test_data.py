@@ -79,6 +79,7 @@ def test_rows_and_places_of_unusual_files(kind, content, row):
         ("csv", "a;b\n1;2\n", "line 1: ';' does not separate columns here: use commas"),
         ("csv", 'a,b\n"bad"quote,b\n', "line 2: not valid CSV"),
         ("csv", "a,b,a\n1,2,3\n", "two columns are called 'a'"),
+        ("csv", "column 2,\n1,2\n", "two columns are called 'column 2'"),
         ("tsv", "a\tb\n1\n", r"line 2: 1 fields where 2 are expected \(\['a', 'b'\]\)"),
     ],
 )
