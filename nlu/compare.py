@@ -68,7 +68,8 @@ def main(words: Sequence[str]) -> int:
 
     code = tune_and_run(experiment, run_all)
     if code <= 1:  # not stopped
-        print(f"\n{write_report(measured, args.output_dir / experiment.name, experiment, labels.get(args.reference))}")
+        text = write_report(measured, args.output_dir / experiment.name, experiment, labels.get(args.reference))
+        print(f"\n{text}", end="")
     return code
 
 

@@ -77,7 +77,7 @@ def write_report(
         reference: the row that the others are compared with; None for LoRA at each of its sizes, or the first row.
 
     Returns:
-        The text of the page.
+        The text of the experiments' sections.
 
     Raises:
         UsageError: there is no line, or a damaged one.
@@ -97,9 +97,8 @@ def write_report(
         scores.append(table)
         files |= {file: drawing.png() for file, drawing in drawings.items()}
     files["tables/scores.csv"] = as_csv(pd.concat(scores)).encode()
-    page = "\n".join(["# Measured runs\n", *parts, NOTES])
-    write_page(output / PAGE, page, files)
-    return page
+    write_page(output / PAGE, "\n".join(["# Measured runs\n", *parts, NOTES]), files)
+    return "\n".join(parts)
 
 
 def section(

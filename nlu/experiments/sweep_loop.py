@@ -159,7 +159,6 @@ class Sweep:
             try:
                 for made in as_completed(makes):
                     made.result()
-                    bar.set_postfix_str(", ".join([*self.processes]), refresh=False)
                     bar.update(done + len(self.finished) + len(self.failures) - bar.n)
             except BaseException:
                 self._stop(signal.SIGTERM)
