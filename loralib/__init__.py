@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loralib.injection import inject, match_modules
     from loralib.layers import Linear, LoRA2Linear, LoRALayer, MultiScaleLinear, SoRALinear, SVDLinear
     from loralib.merging import merge_adapter, merge_and_unload, unmerge_adapter
-    from loralib.model import compact, lora_layers
+    from loralib.model import compact, lora_layers, lora_state_dict, mark_only_lora_as_trainable
     from loralib.orthogonality import compute_orth_regu
     from loralib.training import LowRankTraining
     from loralib.update import LowRankUpdate
@@ -42,6 +42,8 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_layers",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
     "match_modules",
     "merge_adapter",
     "merge_and_unload",

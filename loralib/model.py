@@ -124,6 +124,21 @@ def live_ranks(layers: Mapping[str, LowRankUpdate]) -> dict[str, list[int]]:
     return {n: [i for i in range(layer.r) if n not in flags or flags[n][i]] for n, layer in layers.items()}
 
 
+def mark_only_lora_as_trainable(model: nn.Module) -> None:
+    """Make the factors of all low-rank layers trainable, and freeze everything else. The name is that of Microsoft's
+    ``loralib``; :func:`loralib.inject` freezes the base by itself."""
+    model.requires_grad_(False)
+    for factor in factors_of(model):
+        factor.requires_grad_(True)
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The factors of all low-rank layers by their (first) name in the :func:`unwrapped` model. The name is that of
+    Microsoft's ``loralib``; :func:`loralib.save_adapter` writes a file, with the head."""
+    factors = set(map(id, factors_of(model)))
+    return {name: p.detach() for name, p in unwrapped(model).named_parameters() if id(p) in factors}
+
+
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All factors, frozen or not (the base has none of them), and all trainable parameters of the :func:`unwrapped`
     model, each under one name; and the saved buffers that training changes: running statistics, and the buffers of

@@ -69,6 +69,16 @@ def test_a_refused_injection_changes_nothing():
         loralib.inject(model, "lora2", ["query", "key"])
 
 
+def test_mark_only_lora_as_trainable_and_its_state_dict():
+    model = build("bert")
+    loralib.inject(model, "lora2", ["query", "value"], r=2, k=2)
+    model.requires_grad_(True)
+    loralib.mark_only_lora_as_trainable(model)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, _ in model.named_parameters() if ".lora_" in n} and len(trainable) == 4 * 5
+    assert set(loralib.lora_state_dict(model)) == trainable
+
+
 def test_all_linear_selects_all_but_the_head_and_auto_prefers_the_published_names():
     bert, mpnet = build("bert"), build("mpnet")
     dense = {n for n, m in bert.named_modules() if type(m) is nn.Linear and n != "classifier"}
