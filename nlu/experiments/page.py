@@ -29,6 +29,7 @@ from nlu.experiments.tables import (
 from nlu.experiments.tuning import tried_rates, tuning_frame, tuning_text
 
 PAGE = "report.md"
+HEADING = "# Measured runs"
 NOTES = """\
 Scores: those of the last evaluation (with --load_best_model_at_end: of the best checkpoint) on the validation set in
 percent, mean ± standard deviation over the seeds. Differences: means over pairs of one task and seed; their intervals
@@ -97,7 +98,10 @@ def write_report(
         scores.append(table)
         files |= {file: drawing.png() for file, drawing in drawings.items()}
     files["tables/scores.csv"] = as_csv(pd.concat(scores)).encode()
-    write_page(output / PAGE, "\n".join(["# Measured runs\n", *parts, NOTES]), files)
+    page = output / PAGE
+    if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(HEADING):
+        raise UsageError(f"{page} is not of this program and would be replaced: move it, or give another --output_dir")
+    write_page(page, "\n".join([f"{HEADING}\n", *parts, NOTES]), files)
     return "\n".join(parts)
 
 
