@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rerun_changed", action="store_true",
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
     add("--command", type=shlex.split, default=RUN_GLUE,
-        help="what starts one run, such as 'python scripts/launch.py torch.distributed.run --standalone "
+        help="what starts one run, such as 'python scripts/launch.py --standalone "
         "--nproc_per_node 2 nlu/run_glue.py'; run_glue.py's flags are appended")  # fmt: skip
     add("--measured_dir", type=Path, default=Path("output/measured"), help="the runs' lines (output/measured)")
     add("--output_dir", type=Path, default=Path("output"), help="the runs' folders (output)")

@@ -12,7 +12,7 @@ import sys
 import pytest
 import yaml
 
-from nlu import ROOT
+from nlu import ROOT, sweep
 from nlu.command_line import method_file, parse_arguments
 from nlu.errors import UsageError
 from nlu.tasks import TASKS
@@ -174,6 +174,15 @@ def test_a_port_in_use_is_told_in_one_line():
         command = [sys.executable, ROOT / "scripts/launch.py", *words]
         ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "address already in use" in ended.stderr and ended.stderr.count("\n") == 1
+
+
+def test_documented_command_of_a_run_on_several_GPUs_ends_with_the_runs_exit_code():
+    page = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
+    command = re.search(r"--command '(python [^']+)'", page)[1].replace("--nproc_per_node 4", "--nproc_per_node 2")
+    assert command in " ".join(sweep.build_parser().format_help().split())
+    words = [sys.executable, *shlex.split(command)[1:], "--nope"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.strip() == "error: unknown argument --nope: see --help"
 
 
 def test_DRY_RUN_shows_each_value_with_its_source():
