@@ -29,7 +29,6 @@ from nlu.experiments.tables import (
 from nlu.experiments.tuning import tried_rates, tuning_frame, tuning_text
 
 PAGE = "report.md"
-HEADING = "# Measured runs"
 NOTES = """\
 Scores: those of the last evaluation (with --load_best_model_at_end: of the best checkpoint) on the validation set in
 percent, mean ± standard deviation over the seeds. Differences: means over pairs of one task and seed; their intervals
@@ -81,7 +80,7 @@ def write_report(
         The text of the experiments' sections.
 
     Raises:
-        UsageError: there is no line, or a damaged one.
+        UsageError: there is no line, or a damaged one; or as :func:`write_page`.
     """
     found = experiments(measured)
     if experiment:
@@ -98,10 +97,7 @@ def write_report(
         scores.append(table)
         files |= {file: drawing.png() for file, drawing in drawings.items()}
     files["tables/scores.csv"] = as_csv(pd.concat(scores)).encode()
-    page = output / PAGE
-    if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(HEADING):
-        raise UsageError(f"{page} is not of this program and would be replaced: move it, or give another --output_dir")
-    write_page(page, "\n".join([f"{HEADING}\n", *parts, NOTES]), files)
+    write_page(output / PAGE, "\n".join(["# Measured runs\n", *parts, NOTES]), files)
     return "\n".join(parts)
 
 
@@ -150,7 +146,16 @@ def figure_text(drawings: Mapping[str, Drawing]) -> list[str]:
 
 
 def write_page(page: Path, text: str, files: Mapping[str, bytes]) -> None:
-    """Write a page and the files beside it."""
+    """Write a page and the files beside it, and remove the figures and tables that only the earlier page showed.
+
+    Raises:
+        UsageError: the page that is there begins with another line: a person or another program wrote it.
+    """
+    earlier = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
+    if earlier and earlier.partition("\n")[0] != text.partition("\n")[0]:
+        raise UsageError(f"{page} is not of this program and would be replaced: move it, or give another --output_dir")
+    for old in set(re.findall(r"\(((?:figures|tables)/[^/)]+)\)", earlier)) - {*files}:
+        (page.parent / old).unlink(missing_ok=True)
     for name, content in files.items():
         write_bytes(page.parent / name, content)
     write_text(page, text)

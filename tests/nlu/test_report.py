@@ -58,15 +58,25 @@ def test_a_difference_over_all_tasks_needs_runs_on_all_of_them(make):
     assert re.search(r"^\| LoRA² k=8 .*\| +LoRA r=8 \| +– \|", page, re.M)
 
 
-def test_same_lines_give_the_same_bytes(make, tmp_path):
+def test_same_lines_give_the_same_bytes_and_outdated_figures_are_removed(make, tmp_path):
     make(trial())
     first = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.suffix in (".md", ".csv")}
+    for name in ("mine.png", "old_curves.png"):
+        (tmp_path / f"output/figures/{name}").touch()
+    with (tmp_path / "output/report.md").open("a") as page:
+        page.write("[curves](figures/old_curves.png)")
     make(trial()[::-1])
     assert len(first) == 2 and all(path.read_bytes() == content for path, content in first.items())
-    assert {path.name for path in (tmp_path / "output/figures").iterdir()} == {
-        "trial_differences.png",
-        "trial_curves.png",
-    }
+    names = {path.name for path in (tmp_path / "output/figures").iterdir()}
+    assert names == {"mine.png", "trial_differences.png", "trial_curves.png"}
+
+
+def test_page_that_is_no_report_is_kept(make, tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/report.md").write_text("# Mine\n")
+    code, _, said = make(trial())
+    assert code == 2 and "is not of this program and would be replaced: move it, or give another --output_dir" in said
+    assert (tmp_path / "output/report.md").read_text() == "# Mine\n" and not (tmp_path / "output/figures").exists()
 
 
 def test_papers_table_has_last_best_and_published_scores_of_each_task(make):
