@@ -22,9 +22,9 @@ from loralib.fingerprint import base_fingerprint
 from loralib.injection import KINDS, check_replaceable, is_linear, put_in_place
 from loralib.layers import LoRALayer, frozen_shape
 from loralib.model import (
-    factors_of,
     head_tensors,
     live_ranks,
+    mark_only_lora_as_trainable,
     own_layers,
     unwrapped,
     unwrapped_throughout,
@@ -258,9 +258,7 @@ def _install(
         for parameter in layer.lora_parameters():
             parameter.data.zero_()  # so that nothing is left of pruned values
     _write_live_values(layers, config, tensors)
-    model.requires_grad_(False)
-    for factor in factors_of(model):
-        factor.requires_grad_(True)
+    mark_only_lora_as_trainable(model)
     for name, value in (config.head_options() if hasattr(model, "config") else {}).items():
         setattr(model.config, name, value)
     state = model.state_dict(keep_vars=True)

@@ -125,10 +125,9 @@ class Reader:
                 return f"column {name!r} is empty"
             if name in text and type(value) is not str:
                 return f"column {name!r} must be text, got {shown(value)}"
-        for name, value in values.items():
-            if name not in text and self.kind in ("json", "jsonl"):
-                continue  # an escape such as \ud800 is no wrong byte
-            if type(value) is str and (fault := self._undecoded(f"column {name!r} is", value)):
+        decoded = text if self.kind in ("json", "jsonl") else values  # JSON may escape a lone surrogate: \ud800
+        for name in decoded:
+            if type(values[name]) is str and (fault := self._undecoded(f"column {name!r} is", values[name])):
                 return fault
         return None
 

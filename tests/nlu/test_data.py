@@ -56,6 +56,7 @@ def test_every_format_gives_the_rows_that_were_written(pairs):
         ("tsv", "a\tb\n\n1\t2\n  \n", (3, ["1", "2"])),  # blank lines are not rows
         ("csv", "a,b\r\n\r\n1,2\r\n  \r\n", (3, ["1", "2"])),
         ("jsonl", '\n\n{"a": "1", "b": "2"}\n  \n', (3, ["1", "2"])),
+        ("jsonl", '{"a": "1", "b": "2", "unread": "\\ud800"}', (1, ["1", "2"])),  # no wrong byte
         ("csv", "\ufeffa,b\r\r1,2\r", (3, ["1", "2"])),  # a byte order mark, and line ends of old Macs
         ("tsv", "\ufeffa\tb\r\n\r\n1\t2\r\n", (3, ["1", "2"])),
         ("tsv", "a\tb\r\nx\ry\tz\r\n", (2, ["x\ry", "z"])),  # a carriage return inside a TSV field does not end the row
