@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 
 from nlu.command_line import parse_arguments, resolved_lines
 from nlu.errors import exit_code
@@ -56,4 +57,6 @@ if __name__ == "__main__":
     code = main()
     if code == 0:  # after an error the other processes may never get here
         end_processes()
+    elif code == 2 and not is_first():
+        time.sleep(5)  # torchrun ends all processes when one has ended, and the first is to say what is wrong
     sys.exit(code)

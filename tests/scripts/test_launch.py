@@ -176,12 +176,16 @@ def test_a_port_in_use_is_told_in_one_line():
     assert ended.returncode == 2 and "address already in use" in ended.stderr and ended.stderr.count("\n") == 1
 
 
-def test_documented_command_of_a_run_on_several_GPUs_ends_with_the_runs_exit_code():
+def test_documented_command_of_a_run_on_several_GPUs_ends_with_the_runs_line_and_code(tmp_path):
+    """Also if the first process, which says what is wrong, is the last to get there."""
     page = (ROOT / "docs/reproduce.md").read_text(encoding="utf-8")
     command = re.search(r"--command '(python [^']+)'", page)[1].replace("--nproc_per_node 4", "--nproc_per_node 2")
     assert command in " ".join(sweep.build_parser().format_help().split())
     words = [sys.executable, *shlex.split(command)[1:], "--nope"]
-    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    late = "import os, time; time.sleep(2 * (os.environ.get('RANK') == '0'))"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.strip() == "error: unknown argument --nope: see --help"
 
 
