@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from importlib.util import find_spec
 from typing import Any
 
 from nlu.errors import UsageError
 from nlu.methods.registry import METHODS, flag_methods
+from nlu.trackers import check_tracker
 
 _OF_OWN_FILES = ("train_file", "validation_file", "test_file", "text_columns", "label_column", "metric")
 
@@ -43,8 +43,7 @@ def check_and_complete(args: Any, given: Collection[str], chosen: Collection[str
     _check_data(args, given)
     if args.bf16 and args.fp16:
         raise UsageError("--bf16 and --fp16 exclude each other")
-    if args.report_to != "none" and find_spec(args.report_to) is None:
-        raise UsageError(f"--report_to {args.report_to} needs its package: pip install {args.report_to}")
+    check_tracker(args.report_to)
     for name in ("FSDP", "DEEPSPEED"):  # `accelerate launch` sets these variables
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UsageError(f"{name} (accelerate's configuration) leaves no whole factors to prune: use torchrun")

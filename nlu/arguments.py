@@ -15,6 +15,7 @@ from typing import Any
 
 from nlu.errors import reason
 from nlu.tasks import METRICS, TASKS
+from nlu.trackers import TRACKERS
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ TRAINING_FLAGS = (
     Flag("seed", int, 42, "Seed of all random numbers but those of --holdout_seed.", _SEED),
     Flag("full_determinism", bool, False, "Use deterministic GPU kernels, which are slower."),
     Flag("use_cpu", bool, False, "Use the CPU even if there is an accelerator."),
-    Flag("report_to", ("none", "tensorboard", "wandb", "trackio"), "none", "Tracker; its package must be installed."),
+    Flag("report_to", ("none", *TRACKERS), "none", "Tracker; its package must be installed."),
     Flag("run_name", str, None, "The run's name in the tracker."),
 )  # fmt: skip
 CHOICE_FLAGS = (

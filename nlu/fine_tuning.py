@@ -36,6 +36,7 @@ from nlu.runs.record import RunRecord
 from nlu.runs.resume import last_checkpoint
 from nlu.runs.saved_adapter import save_run_adapter, start_from_adapter
 from nlu.tasks import TASKS, Task
+from nlu.trackers import tracked
 from nlu.trainer import GlueTrainer, trainer_arguments
 
 logger = logging.getLogger("nlu")
@@ -102,6 +103,7 @@ def _run_in(
     found = first_computes(lambda: last_checkpoint(checkpoints)) if resumes else None
     if found is None and resumes and record.after_finished:
         say("no checkpoint of the finished run is left to predict from (--save_strategy no): it is trained again")
+    held.enter_context(tracked(trainer))
     run_recorded(trainer, record, found and str(checkpoints / Path(found).name))
 
 

@@ -24,7 +24,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )  # fmt: skip
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from loralib.recipes.trainer_mixin import LowRankTrainerMixin
@@ -96,9 +95,6 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         self.remove_callback(PrinterCallback)  # the run prints lines of its own
         self.add_callback(self.progress)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback):  # its default is model/, which --save_strategy no deletes
-                callback.logging_dir = str(Path(arguments.root_output_dir) / "log")
 
     # ---- metrics and loss ---------------------------------------------------------------------------------------
 

@@ -4,6 +4,9 @@ import json
 import logging
 import re
 import shlex
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -12,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 
 from loralib import export
-from nlu import predict
+from nlu import predict, run_glue
 from nlu.runs.console import log_to, say
 from nlu.runs.record import best_and_last
 from tests.nlu.tiny import write_rows
@@ -48,6 +51,36 @@ def test_progress_lines_logged_numbers_and_printed_commands(finished, tmp_path):
         assert tokens["input_ids"].shape == (1, 8)
         answer = json.loads(out.read_text().splitlines()[0])["probabilities"]
         assert list(answer.values()) == pytest.approx(model(**tokens).logits.softmax(-1)[0].tolist(), abs=1e-5)
+
+
+def test_two_runs_in_one_process_are_two_runs_of_wandb_and_a_callers_run_stays_open(base_flags, tmp_path, monkeypatch):
+    """wandb is not installed: its module here notes which run each call belongs to."""
+    wandb, calls = ModuleType("wandb"), []
+
+    def begin(project=None, name=None):
+        wandb.run = SimpleNamespace(name=name, summary={}, _label=lambda code: None)
+
+    def finish(exit_code=None):
+        calls.append((wandb.run.name, "finished", exit_code))
+        wandb.run = None
+
+    wandb.__spec__, wandb.run, wandb.init, wandb.finish = ModuleSpec("wandb", None), None, begin, finish
+    wandb.config, wandb.log = mock.MagicMock(), lambda numbers: calls.append((wandb.run.name, "logged"))
+    modules = {"wandb": wandb} | {name: mock.MagicMock() for name in ("wandb.sdk", "wandb.sdk.lib")}
+    modules["wandb.sdk.lib.config_util"] = SimpleNamespace(ConfigError=KeyError)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def train(name, *flags):
+        folder = ["--root_output_dir", str(tmp_path / name)]
+        return run_glue.main([*base_flags, "--report_to", "wandb", "--run_name", name, *folder, *flags])
+
+    assert train("first") == 0 and train("lost", "--learning_rate", "1e30") == 1
+    assert [call for call in calls if call[1] == "finished"] == [("first", "finished", 0), ("lost", "finished", 1)]
+    assert calls.index(("first", "finished", 0)) > calls.index(("first", "logged"))
+    begin(name="the caller's")
+    assert train("second") == 0
+    assert wandb.run.name == "the caller's" and calls[-1] == ("the caller's", "logged")
 
 
 # ---- log and record -------------------------------------------------------------------------------------------------
