@@ -41,33 +41,34 @@ def compute_orth_regu(model: nn.Module, regu_weight: float = 0.1, terms: str = "
     chosen = set(TERMS) if terms == "all" else set(terms.split("+"))
     if not chosen <= set(TERMS):
         raise ValueError(f"terms must be 'all' or some of {', '.join(TERMS)} joined by '+', got {terms!r}")
-    groups: dict[tuple, list[nn.ParameterList]] = defaultdict(list)  # sides of the same shapes
+    groups: dict[tuple, list[list[nn.Parameter]]] = defaultdict(list)  # sides of the same shapes
     for layer in trained_svd_layers(model, "regularise").values():
-        for term, side in (("uv", layer.lora_B), ("UV", layer.lora_A)):
+        for term, side in (("uv", [*layer.lora_B]), ("UV", [*layer.lora_A])):
             if chosen & {term, "PQ"}:
                 key = (term, side[0].device, *(factor.shape for factor in side))
                 groups[key].append(side)
     counted: set[int] = set()  # layers may share outer factors, those of different ranks too
-    norms: list[Tensor] = []
+    grams: list[Tensor] = []  # stacks (n, s, s); each entry is a term
     for (term, device, *_), sides in groups.items():
         with without_autocast(device.type):  # Gram − I is a small difference
             scales = [_scale(factors, transposed=term == "UV") for factors in zip(*sides, strict=True)]
             if term in chosen or len(scales) == 1:  # of one scale, the product is the factor itself
                 for scale in scales:
-                    if fresh := [gram for key, gram in scale.smaller.items() if key not in counted]:
-                        norms.append(_deviation(torch.stack(fresh), squared))
-                    counted.update(scale.smaller)
+                    if fresh := [place for key, place in scale.place.items() if key not in counted]:
+                        grams.append(_at(scale.smaller, fresh))
+                    counted.update(scale.place)
             if "PQ" in chosen and len(scales) > 1:
-                norms.append(_deviation(_product_grams(sides, scales), squared))
-    return regu_weight * torch.cat([norm.to(norms[0].device) for norm in norms]).mean()
+                grams.append(_product_grams(sides, scales))
+    return regu_weight * _deviations(grams, squared).mean()
 
 
 class _Scale(NamedTuple):
-    """By id, so that one that layers share occurs once, the factors X (outer, inner) of one scale, all like a B."""
+    """The distinct factors of one scale, each X (outer, inner) like a B, as stacks of n."""
 
-    x: dict[int, Tensor]
-    gram: dict[int, Tensor]  # XᵀX
-    smaller: dict[int, Tensor]  # the Gram on the smaller side: if outer < inner, only XXᵀ can be I
+    place: dict[int, int]  # id of a factor → its place in the stacks
+    x: Tensor
+    gram: Tensor  # XᵀX
+    smaller: Tensor  # the Gram on the smaller side: if outer < inner, only XXᵀ can be I
 
 
 def _scale(factors: Sequence[nn.Parameter], transposed: bool) -> _Scale:
@@ -76,16 +77,36 @@ def _scale(factors: Sequence[nn.Parameter], transposed: bool) -> _Scale:
     x = x.mT if transposed else x
     gram = x.mT @ x
     smaller = gram if x.shape[-1] <= x.shape[-2] else x @ x.mT
-    return _Scale(*(dict(zip(unique, each.unbind(), strict=True)) for each in (x, gram, smaller)))
+    return _Scale({key: place for place, key in enumerate(unique)}, x, gram, smaller)
 
 
-def _product_grams(sides: Sequence[nn.ParameterList], scales: Sequence[_Scale]) -> Tensor:
+def _at(stack: Tensor, places: Sequence[int]) -> Tensor:
+    """A copy of the entries of a stack at these places; faster if those are all, in order."""
+    if list(places) == list(range(len(stack))):
+        return stack.clone(memory_format=torch.contiguous_format)
+    entries = stack.unbind()
+    return torch.stack([entries[place] for place in places])
+
+
+def _product_grams(sides: Sequence[Sequence[nn.Parameter]], scales: Sequence[_Scale]) -> Tensor:
     """PᵀP = …B₁ᵀ (B₀ᵀB₀) B₁… of each side, (sides, r, r)."""
-    gram = torch.stack([scales[0].gram[id(side[0])] for side in sides])
+    gram = _at(scales[0].gram, [scales[0].place[id(side[0])] for side in sides])
     for i, scale in enumerate(scales[1:], 1):
-        x = torch.stack([scale.x[id(side[i])] for side in sides])
+        x = _at(scale.x, [scale.place[id(side[i])] for side in sides])
         gram = x.mT @ gram @ x
     return gram
+
+
+def _deviations(grams: Sequence[Tensor], squared: bool) -> Tensor:
+    """:func:`_deviation` of all entries of all stacks, in their order; those of one size are computed at once."""
+    alike: dict[tuple, list[int]] = defaultdict(list)
+    for number, gram in enumerate(grams):
+        alike[gram.shape[-1], gram.device].append(number)
+    found: dict[int, Tensor] = {}
+    for numbers in alike.values():
+        norms = _deviation(torch.cat([grams[number] for number in numbers]), squared)
+        found |= zip(numbers, norms.split([len(grams[number]) for number in numbers]), strict=True)
+    return torch.cat([found[number].to(grams[0].device) for number in range(len(grams))])
 
 
 def _deviation(gram: Tensor, squared: bool) -> Tensor:
