@@ -153,21 +153,6 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return found | {n: b for n, b in model.named_buffers() if n in state and n.rpartition(".")[0] in owners}
 
 
-@torch.no_grad()
-def load_trained_tensors(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Copy what :func:`trained_tensors` gave into the model.
-
-    Raises:
-        ValueError: if the model has other trainable parameters. The model is unchanged then.
-    """
-    own = trained_tensors(model)
-    there, here = ({(name, *tensor.shape) for name, tensor in each.items()} for each in (saved, own))
-    if odd := there ^ here:
-        raise ValueError(f"the saved tensors are of other trainable parameters than the model's (see {min(odd)[0]})")
-    for name, tensor in own.items():
-        tensor.copy_(saved[name])
-
-
 def head_tensors(model: nn.Module) -> dict[str, Tensor]:
     """:func:`trained_tensors` without the low-rank factors."""
     factors = set(map(id, factors_of(model)))

@@ -1,1 +1,1 @@
-"""Ways to train the layers: a mix-in for transformers' Trainer, exact factors, learning rates, statistics of ΔW."""
+"""Ways to train the layers: a Trainer mix-in, checkpoints, exact factors, learning rates, statistics of ΔW."""

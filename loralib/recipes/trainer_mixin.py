@@ -3,12 +3,8 @@
     class MyTrainer(LowRankTrainerMixin, Trainer): ...
     trainer = MyTrainer(model=model, low_rank=LowRankTraining(model, target_rank=4), args=args, train_dataset=rows)
 
-Besides the Trainer's own files, a checkpoint contains
-
-    trained.safetensors   the factors, the trainable parameters and the buffers that training changes, under the model's
-                          own names. Resuming and ``load_best_model_at_end`` read this file, so that the names under
-                          which transformers saves a model do not matter. The frozen base is not written.
-    low_rank.pt           the state of ``low_rank``.
+Beside the Trainer's own files, a checkpoint contains those of :mod:`loralib.recipes.checkpoint`. Resuming and
+``load_best_model_at_end`` read these, so that the names under which transformers saves a model do not matter.
 """
 
 from __future__ import annotations
@@ -21,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from loralib.model import load_trained_tensors, trained_tensors, unwrapped
+from loralib.model import unwrapped
+from loralib.recipes.checkpoint import load_model, load_training, save_checkpoint
 from loralib.training import Training, unscale
-
-STATE_FILE, TRAINED_FILE = "low_rank.pt", "trained.safetensors"
 
 
 class LowRankTrainerMixin(Trainer):
@@ -65,33 +59,26 @@ class LowRankTrainerMixin(Trainer):
         if peft is not None and isinstance(model, peft.PeftModel):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            tensors = {name: tensor.detach().contiguous() for name, tensor in trained_tensors(model).items()}
-            save_file(tensors, folder / TRAINED_FILE, metadata={"format": "pt"})
-            torch.save(self.low_rank.state_dict(), folder / STATE_FILE)
+            save_checkpoint(model, self.low_rank, folder)
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Overridden to read what :meth:`_save` writes."""
-        load_trained_tensors(self.model, load_file(Path(resume_from_checkpoint) / TRAINED_FILE))
+        load_model(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """Overridden to read what :meth:`_save` writes, and the state of these weights (peft's AdaLoRA saves by it)."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
-        self.low_rank.load_state_dict(_state_in(self.state.best_model_checkpoint))
+        load_training(self.low_rank, self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Overridden to load the state of ``low_rank`` too: callbacks are not told which checkpoint is loaded."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.low_rank.start(self.state.max_steps)
-            self.low_rank.load_state_dict(_state_in(checkpoint))
-
-
-def _state_in(checkpoint: str) -> dict[str, Any]:
-    return torch.load(Path(checkpoint) / STATE_FILE, map_location="cpu", weights_only=True)
+            load_training(self.low_rank, checkpoint)
 
 
 def _with_penalty(reference: Callable[[], Any], training_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

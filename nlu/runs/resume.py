@@ -1,6 +1,6 @@
 """Checkpoints that are written completely or not at all, from which a run resumes.
 
-Their files are those of :mod:`loralib.recipes.trainer_mixin` (``trained.safetensors``, ``low_rank.pt``) and of the
+Their files are those of :mod:`loralib.recipes.checkpoint` (``trained.safetensors``, ``low_rank.pt``) and of the
 Trainer; ``trainer_state.json`` also has the :class:`~nlu.runs.progress.Progress`.
 The Trainer writes ``model/checkpoint-STEP`` in ``model/.unfinished/``; it moves to its place when it is complete.
 """

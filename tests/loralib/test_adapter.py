@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import loralib
 from loralib.interop.precision import cast_frozen
-from loralib.model import load_trained_tensors, trained_tensors
+from loralib.recipes.checkpoint import load_model, save_checkpoint
 from tests.loralib.small import INPUTS, KINDS, Net, adapted, encoder, gpt2, randomise, refused, trainable
 
 # ---- saving and loading ---------------------------------------------------------------------------------------------
@@ -215,7 +215,8 @@ def test_wrapped_model_is_saved_under_the_names_of_the_inner_model(tmp_path, wra
     torch.testing.assert_close(loralib.merge_and_unload(again)(INPUTS), model(INPUTS))
     fresh = adapted(k=2)
     randomise(fresh)
-    load_trained_tensors(wrap(fresh), trained_tensors(wrapped))
+    save_checkpoint(wrapped, loralib.LowRankTraining(model), tmp_path / "checkpoint")
+    load_model(wrap(fresh), tmp_path / "checkpoint")
     assert torch.equal(fresh(INPUTS), model(INPUTS))
     loralib.merge_adapter(wrapped)
     assert all(layer.merged for layer in loralib.lora_layers(wrapped).values())

@@ -9,7 +9,8 @@ import loralib
 from loralib.interop.precision import cast_frozen
 from loralib.interop.sharding import shard_frozen
 from loralib.layers import stored_form
-from loralib.model import load_trained_tensors, trained_tensors
+from loralib.model import trained_tensors
+from loralib.recipes.checkpoint import load_model, load_training, save_checkpoint
 from loralib.recipes.exact_factors import ExactFactors
 from tests.loralib.small import INPUTS, Net, adapted, decoder, encoder, randomise, trainable
 from tests.nlu.tiny import SIZES
@@ -48,8 +49,8 @@ def _train_sharded(rank, folder):
         shard_frozen(model)
         options = {"rows": slice(rank, None, 2), "wrapped": DistributedDataParallel(model)}
         train(*training, HALF, **options)
-        states = {"optimizer": optimizer.state_dict(), "low_rank": low_rank.state_dict()}
-        torch.save(states | {"model": trained_tensors(model)}, folder / f"{case}-half-{rank}.pt")
+        save_checkpoint(model, low_rank, half := folder / f"{case}-half-{rank}")
+        torch.save(optimizer.state_dict(), half / "optimizer.pt")
         train(*training, STEPS - HALF, **options)
         loralib.save_adapter(model, folder / case)
         held = sum(p.to_local().nbytes for p in model.parameters() if stored_form(p) == "sharded")
@@ -73,10 +74,9 @@ def test_two_processes_with_sharded_weights_train_save_and_resume_as_one(tmp_pat
         ends = [torch.load(tmp_path / f"{case}-{rank}.pt") for rank in (0, 1)]
         assert sum(end["bytes"] for end in ends) == frozen and max(end["bytes"] for end in ends) < 0.52 * frozen
         resumed, low_rank, optimizer = training = started(case)  # by one process
-        state = torch.load(tmp_path / f"{case}-half-1.pt")
-        load_trained_tensors(resumed, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        low_rank.load_state_dict(state["low_rank"])
+        load_model(resumed, half := tmp_path / f"{case}-half-1")
+        load_training(low_rank, half)
+        optimizer.load_state_dict(torch.load(half / "optimizer.pt"))
         train(*training, STEPS - HALF)
         ends.append({"trained": trained_tensors(resumed), "pattern": low_rank.ranks and low_rank.ranks.pattern})
         for end in ends:

@@ -12,8 +12,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import loralib
 from loralib.model import trained_tensors
+from loralib.recipes.checkpoint import STATE_FILE, TRAINED_FILE
 from loralib.recipes.exact_factors import ExactFactors
-from loralib.recipes.trainer_mixin import STATE_FILE, TRAINED_FILE
 from tests.loralib.small import LowRankTrainer, encoder, trainable, training_arguments
 
 STEPS = 8

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from loralib.recipes import trainer_mixin as mixin
+from loralib.recipes import checkpoint
 from nlu.data import splits
 from nlu.experiments.lines import read_lines
 from nlu.run_glue import main
@@ -124,7 +124,7 @@ def test_a_signal_before_training_ends_the_run_in_one_line(flags, run_folder, ca
 @pytest.mark.parametrize(
     "owner, name, fault",
     [
-        (mixin, "save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+        (checkpoint, "save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
         # torch's error if the disk is full.
         pytest.param(torch, "save", RuntimeError("unexpected pos 576 vs 534"), marks=pytest.mark.slow),
         pytest.param(os, "rename", PermissionError(errno.EACCES, "denied"), marks=pytest.mark.slow),
