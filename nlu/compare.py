@@ -52,23 +52,24 @@ def main(words: Sequence[str]) -> int:
     parsed = [run.parse() for run in experiment.runs if run.axes["seed"] == 1]
     # These imports take seconds, so a command with an error is refused before them.
     from nlu.data.splits import load_data
-    from nlu.experiments.page import write_report
+    from nlu.experiments.page import PAGE, TITLE, earlier_page, write_report
     from nlu.experiments.tuning import tune_and_run, tuning_runs
 
+    measured, output = args.output_dir / "measured", args.output_dir / experiment.name
+    earlier_page(output / PAGE, TITLE)  # refuses a page of somebody else's now, not after the runs
     for arguments in [parsed[0], *(run.parse() for run in tuning_runs(experiment)[:1])]:
         load_data(arguments)  # an error in the data shows now, not in every run
     for warning in unlike_scales(experiment.runs):
         print(f"warning: {warning}", file=sys.stderr)
     launcher = Launcher(args.jobs, use_cpu=parsed[0].use_cpu)
     print(f"devices: {launcher}")
-    measured = args.output_dir / "measured"
 
     def run_all(part: Experiment) -> Ran:
         return Sweep(part, measured, args.output_dir, RUN_GLUE).run(launcher, args.rerun_changed)
 
     code = tune_and_run(experiment, run_all)
     if code <= 1:  # not stopped
-        text = write_report(measured, args.output_dir / experiment.name, experiment, labels.get(args.reference))
+        text = write_report(measured, output, experiment, labels.get(args.reference))
         print(f"\n{text}", end="")
     return code
 

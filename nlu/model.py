@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from loralib.adapter_folder import has_tokenizer
 from loralib.interop.precision import cast_frozen
-from loralib.interop.transformers_models import model_folder, quiet_transformers
+from loralib.interop.transformers_models import model_folder, quiet_transformers, why_not_loaded
 from nlu.arguments import Arguments
-from nlu.errors import UsageError, reason
+from nlu.errors import UsageError
 from nlu.fast import ATTENTION, speed_up
 from nlu.methods.method import head_modules, head_parameters
 from nlu.methods.registry import METHODS
@@ -96,8 +96,7 @@ def load_config(arguments: Arguments, task: Task) -> tuple[Any, Any, Head]:
 
 def _unreadable(arguments: Arguments, error: Exception) -> UsageError:
     name = arguments.model_name_or_path
-    absent = "" if Path(name).exists() else "there is no such folder, and the hub gave no model: "
-    return UsageError(f"--model_name_or_path {name}: {absent}{reason(error, 300)}")
+    return UsageError(f"--model_name_or_path {name}: {why_not_loaded(name, error)}")
 
 
 def check_tokenizer(tokenizer: Any, source: str, flag: str = "", **options: Any) -> None:

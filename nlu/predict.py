@@ -78,10 +78,17 @@ def records(
 
     Args:
         answers: from :func:`predict_rows`. kind: "csv" (a column for each probability) or "jsonl" (one for all).
-        labels: the names of the classes; None for regression. columns: the input columns that CSV keeps; a JSON row may
-            have keys of its own.
+        labels: the names of the classes; None for regression. columns: of the input; a row of JSON may have others.
+
+    Raises:
+        UsageError: such a row goes to CSV, whose header has been written.
     """
     for row, values in answers:
+        if kind == "csv" and (new := row.values.keys() - columns):
+            raise UsageError(
+                f"line {row.place} has the column {min(new)!r}, which the first line lacks, and a .csv file has one "
+                "header: give an --output that does not end in .csv"
+            )
         if labels is None:
             answer = {"score": values[0]}
         else:

@@ -55,9 +55,20 @@ def load_base_of(config: AdapterConfig, source: str) -> nn.Module:
             )
             return model.eval()
         except Exception as error:  # a damaged file can raise any kind of exception
-            missing = not Path(source).exists() and name_on_hub(source) != source
-            reason = "no such folder" if missing else " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"--base {source} cannot be loaded: {reason}") from None
+            raise ValueError(f"--base {source} cannot be loaded: {why_not_loaded(source, error)}") from None
+
+
+def why_not_loaded(source: str, error: Exception) -> str:
+    """The reason why a model could not be loaded, as one line.
+
+    Args:
+        source: name or path. error: of transformers, whose text alone does not say that there is no such folder.
+    """
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if Path(source).exists():
+        return reason
+    asked = name_on_hub(source) == source
+    return "there is no such folder" + (f", and the hub gave no model: {reason}" if asked else "")
 
 
 def revision_of(name: str | None, revision: Any, source: str) -> dict[str, str]:

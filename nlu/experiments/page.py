@@ -28,7 +28,7 @@ from nlu.experiments.tables import (
 )
 from nlu.experiments.tuning import tried_rates, tuning_frame, tuning_text
 
-PAGE = "report.md"
+PAGE, TITLE = "report.md", "# Measured runs"
 NOTES = """\
 Scores: those of the last evaluation (with --load_best_model_at_end: of the best checkpoint) on the validation set in
 percent, mean ± standard deviation over the seeds. Differences: means over pairs of one task and seed; their intervals
@@ -97,7 +97,7 @@ def write_report(
         scores.append(table)
         files |= {file: drawing.png() for file, drawing in drawings.items()}
     files["tables/scores.csv"] = as_csv(pd.concat(scores)).encode()
-    write_page(output / PAGE, "\n".join(["# Measured runs\n", *parts, NOTES]), files)
+    write_page(output / PAGE, "\n".join([f"{TITLE}\n", *parts, NOTES]), files)
     return "\n".join(parts)
 
 
@@ -145,15 +145,25 @@ def figure_text(drawings: Mapping[str, Drawing]) -> list[str]:
     return [f"![{alternative}]({shown})", *([f"More figures: {links}."] if links else [])]
 
 
+def earlier_page(page: Path, first_line: str) -> str:
+    """The text of a page that is to be replaced; empty if there is none.
+
+    Raises:
+        UsageError: it begins with another line: a person or another program wrote it.
+    """
+    text = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
+    if text and text.partition("\n")[0] != first_line:
+        raise UsageError(f"{page} is not of this program and would be replaced: move it, or give another --output_dir")
+    return text
+
+
 def write_page(page: Path, text: str, files: Mapping[str, bytes]) -> None:
     """Write a page and the files beside it, and remove the figures and tables that only the earlier page showed.
 
     Raises:
-        UsageError: the page that is there begins with another line: a person or another program wrote it.
+        UsageError: as :func:`earlier_page`.
     """
-    earlier = page.read_text(encoding="utf-8", errors="replace") if page.exists() else ""
-    if earlier and earlier.partition("\n")[0] != text.partition("\n")[0]:
-        raise UsageError(f"{page} is not of this program and would be replaced: move it, or give another --output_dir")
+    earlier = earlier_page(page, text.partition("\n")[0])
     for old in set(re.findall(r"\(((?:figures|tables)/[^/)]+)\)", earlier)) - {*files}:
         (page.parent / old).unlink(missing_ok=True)
     for name, content in files.items():

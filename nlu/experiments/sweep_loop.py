@@ -175,13 +175,13 @@ class Sweep:
                 return
             code = 0
             if state in ("failed", "changed") or self.state(run) != "ended":
-                if state in ("failed", "changed"):
-                    write_line(self.measured, run.name, None)
                 command = self.command_line(run)
                 if state == "failed" or self.rerun_changed:
                     command.append("--overwrite_output_dir")  # replaces another run, and resumes this one
                 with self.launcher.devices() as group:
                     self.processes[run.name] = process = self.launcher.start(command, self.log(run), group)
+                    if state in ("failed", "changed"):  # once it has started: its line may be all that is left of it
+                        write_line(self.measured, run.name, None)
                     bar.set_postfix_str(", ".join([*self.processes]))
                     if self.signals:  # it came while the process was started
                         self._end(process)

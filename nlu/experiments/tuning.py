@@ -165,7 +165,7 @@ def beyond(table: pd.DataFrame) -> dict[str, tuple[float, ...]]:
         rates, chosen = own.value.to_list(), own.value[own.chosen].to_list()
         ends = ((rates[0], rates[1]), (rates[-1], rates[-2])) if len(rates) > 1 and own.z.notna().any() else ()
         new = [float(f"{end * end / beside:.3g}") for end, beside in ends if chosen in ([], [end])]
-        if new:
+        if new := [rate for rate in new if rate not in rates]:  # close rates may be rounded to one of them
             wider[row] = (*rates, *new)
     return wider
 

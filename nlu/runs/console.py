@@ -75,8 +75,8 @@ def say_start(record: dict[str, Any], trainer: Any) -> None:
     budget = f", singular values {record['initial_budget']} to {final}" if trainer.low_rank.ranks else ""
     rate = f"learning rate {trainer.args.learning_rate:g}, " if trainer.args.do_train else ""
     say(
-        f"{record['method_config']} on {record['task']}: trains {record['adapter_params']:,} parameters in the encoder "
-        f"and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{adapted}; "
+        f"{record['method_config']} on {trainer.task.display}: trains {record['adapter_params']:,} parameters in the "
+        f"encoder and {record['head_params']:,} in the head, of {record['total_params']:,}{budget}{adapted}; "
         f"{rate}batch {record['effective_batch_size']}, seed {record['seed']}"
     )
 

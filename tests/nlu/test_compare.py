@@ -90,6 +90,15 @@ def test_wrong_flags_are_refused_in_one_line_before_any_run(call, tmp_path, flag
     assert not (tmp_path / "compare-cola").exists()
 
 
+def test_a_page_that_is_not_a_report_is_refused_before_any_run(call, tmp_path):
+    page = tmp_path / "compare-cola/report.md"
+    page.parent.mkdir()
+    page.write_text("# Mine\n")
+    code, _, err = call("--methods", "lora", "--learning_rate", "1")
+    assert code == 2 and "is not of this program and would be replaced" in err and page.read_text() == "# Mine\n"
+    assert not (tmp_path / "measured").exists()
+
+
 def planned(words):
     args, rest = compare.own_parser().parse_known_args(words.split())
     experiment = compare.plan(args, compare.flag_values(rest))

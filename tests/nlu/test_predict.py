@@ -119,6 +119,10 @@ def test_input_column_with_the_name_of_an_output_column_is_renamed():
         assert list(record.items()) == list(
             {"line": 2, "id": "a", "input_label": "gold", "label": "yes", **said}.items()
         )
+    more = [*answers, (Row(1, 3, {"id": "b", "label": "", "extra": 1}), [0.25, 0.75])]
+    with pytest.raises(UsageError, match="line 3 has the column 'extra', which the first line lacks"):
+        list(predict.records(more, "csv", ["no", "yes"], ["id", "label"]))  # its value would have been lost
+    assert len(list(predict.records(more, "jsonl", ["no", "yes"], ["id", "label"]))) == 2
     again = [(Row(0, 2, {"label": "first", "input_label": "gold"}), [0.25, 0.75])]  # an output as the input
     (record,) = predict.records(again, "jsonl", ["no", "yes"], ["label"])  # the first row had no other key
     assert (record["input_label"], record["input_input_label"], record["label"]) == ("first", "gold", "yes")
@@ -182,6 +186,10 @@ def test_another_base_than_the_trained_one_is_refused_in_one_line(encoder, score
     assert main(flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "weights are not those" in error and error.count("\n") == 1
+    for base, said in (("missing/base", ", and the hub gave no model: "), (tmp_path / "missing", "\n")):
+        assert main([*flags[:3], str(base), *flags[4:]]) == 2
+        error = capsys.readouterr().err
+        assert f"--base {base} cannot be loaded: there is no such folder{said}" in error and error.count("\n") == 1
 
 
 def test_memory_does_not_grow_with_the_input():

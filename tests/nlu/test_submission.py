@@ -148,11 +148,12 @@ def test_confusion_matrix_is_drawn_of_labels_that_look_like_formulas(tmp_path):
     assert (tmp_path / "matrix.png").stat().st_size
 
 
-def test_validation_rows_are_predicted_too_and_each_class_is_reported(own_flags, tmp_path):
+def test_validation_rows_are_predicted_too_and_each_class_is_reported(own_flags, tmp_path, capsys):
     """The scores are those of scikit-learn on the written files."""
     rows = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
     own_flags += ["--test_file", str(tmp_path / "dev.jsonl"), "--on_error", "skip", "--do_predict"]
     assert run_glue.main([*own_flags, "--metric", "macro-f1"]) == 0
+    assert " on train.jsonl: trains " in capsys.readouterr().out  # the console names the file, as tables do
     record = json.loads((tmp_path / "run/results.json").read_text())
     written = rows_of(tmp_path / "run/predictions/custom_validation.tsv")
     assert [row["label"] for row in written] == [row["rating"] for i, row in enumerate(rows) if i != 3]

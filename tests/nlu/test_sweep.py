@@ -123,19 +123,23 @@ def test_failing_runs_do_not_stop_the_others(run_sweep, tmp_path):
     assert "target_rank 9 is larger" in err and "the loss is nan" not in err
 
 
-def test_rerun_of_a_failed_run_removes_its_old_line_first(run_sweep, tmp_path):
-    """If the rerun were interrupted, the old line would make it restart instead of resume."""
+def test_rerun_of_a_failed_run_removes_its_old_line_once_it_has_started(run_sweep, tmp_path):
+    """The line may be all that is left of the run, and a command that cannot start replaces nothing."""
     content = BASIC | {"grid": ONE | {"seed": [1, 2, 3]}, "base": BASIC["base"] | {"weight_decay": 1}}
     assert run_sweep(content)[0] == 1 and len(lines_of(tmp_path)) == 3
     seen = []
 
-    def start(command, log, group):
-        seen.append(("--overwrite_output_dir" in command, list(lines_of(tmp_path))))
+    def cannot_start(command, log, group):
+        seen.append("--overwrite_output_dir" in command)
         raise UsageError("enough")
 
     with pytest.raises(UsageError, match="enough"):
-        sweep_here(tmp_path, start, content)
-    assert seen[0] == (True, ["lora-cola-seed=2", "lora-cola-seed=3"])
+        sweep_here(tmp_path, cannot_start, content)
+    assert all(seen) and len(lines_of(tmp_path)) == 3
+    seen.clear()
+    started = SimpleNamespace(wait=lambda: seen.append(list(lines_of(tmp_path))) or 2)
+    sweep_here(tmp_path, lambda *_: started, content)
+    assert seen[:2] == [["lora-cola-seed=2", "lora-cola-seed=3"], ["lora-cola-seed=3"]]
 
 
 def test_a_run_whose_command_drops_an_argument_has_no_line(tmp_path, capsys):

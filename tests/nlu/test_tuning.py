@@ -66,6 +66,8 @@ def test_a_row_whose_every_run_failed_has_no_rate_and_its_grid_grows_at_both_end
     assert found(lines) == ({"lora": 5e-4}, {"lora": (5e-4, 1e-3, 2e-3, 4e-3, 2.5e-4)})
     lines.append(tried("lora", 2.5e-4, 0.3, training_loss=[0.1]))
     assert found(lines) == ({"lora": 5e-4}, {})
+    close = [tried("lora", rate, rate, training_loss=[0.1]) for rate in (1e-3, 1.0004e-3)]  # the next rounds to 1e-3
+    assert found(close) == ({"lora": 1.0004e-3}, {})
 
 
 # ---- experiments with a section `tune`; the stand-in's score is highest at 2e-3 --------------------------------------
