@@ -36,7 +36,7 @@ class Ranks:
     maskings the optimiser moves pruned values away from 0.
 
     Attributes:
-        initial: number of singular values in all layers at the start.
+        initial: number of singular values at the start.
         budget, target: number that the schedule allows now, and at the end of the training; None without a schedule.
         values: module name → its singular values.
         factors: module name → pairs (factor, dimension along which its singular values lie; None for an outer factor).
@@ -84,7 +84,9 @@ class RankAllocator:
     """Prunes the singular values of all layers to one global budget.
 
     Call :meth:`step` after ``optimizer.step()`` and before the gradients are cleared; steps count from 1.
-    A layer that is frozen, from the start or later, keeps its singular values; only the others are pruned.
+    The budget is for the layers that train when the allocator is made. One that is frozen by then, as another adapter in
+    peft may be, is not pruned, and :meth:`ranks` does not count it. One that is frozen later counts, and keeps its
+    singular values.
 
     Args:
         model: has low-rank layers with singular values, all of the same rank.

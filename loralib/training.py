@@ -65,7 +65,7 @@ class LowRankTraining(Training):
         target_rank: average number of singular values that a layer keeps; without it nothing is pruned.
         constraint: the class :class:`loralib.recipes.exact_factors.ExactFactors`, or another that is made for a model
             and has its three methods, in place of the regulariser.
-        regu_weight: weight of the regulariser; 0 turns it off. Default: 0.1, or 0 with a constraint.
+        regu_weight: weight of the regulariser, a number or a tensor without dimensions; 0 turns it off. Default: 0.1, or 0 with a constraint.
         terms, squared: as for :func:`loralib.compute_orth_regu`.
         pruning: init_warmup, final_warmup, mask_interval, beta1, beta2 and importance, as for
             :class:`loralib.RankAllocator`.
@@ -75,7 +75,7 @@ class LowRankTraining(Training):
         allocator: the :class:`loralib.RankAllocator`; None if nothing is pruned, and before :meth:`start`.
 
     Raises:
-        TypeError: for an unknown option.
+        TypeError: for an unknown option, or a constraint that is made for a model already.
         ValueError: for a value out of range, an option of pruning without ``target_rank``, or a model without the
             layers that the regulariser or the pruning needs.
     """
@@ -95,9 +95,11 @@ class LowRankTraining(Training):
         if pruning and target_rank is None:
             raise ValueError(f"{next(iter(pruning))} has no meaning without target_rank: give that, or leave it out")
         self.model, self.terms, self.squared = model, terms, squared
+        if constraint is not None and not callable(constraint):
+            raise TypeError(f"constraint must be a class, such as ExactFactors: got an object, {constraint!r:.80}")
         self.constraint = None if constraint is None else constraint(model)
         self.regu_weight = (0.1 if constraint is None else 0.0) if regu_weight is None else regu_weight
-        check_number("regu_weight", self.regu_weight, lambda weight: 0 <= weight < math.inf, "a number ≥ 0")
+        check_number("regu_weight", float(self.regu_weight), lambda weight: 0 <= weight < math.inf, "a number ≥ 0")
         self.target_rank, self._pruning = target_rank, pruning
         self.total_steps, self.steps_done = total_steps, 0
         self.allocator: RankAllocator | None = None

@@ -27,7 +27,9 @@ def stepped(training, steps, optimizer=None):
 def test_the_penalty_is_the_weighted_regulariser_which_a_constraint_replaces():
     model = model_to_prune()
     weighted = loralib.compute_orth_regu(model, 0.2, "uv", True)
-    assert torch.equal(loralib.LowRankTraining(model, regu_weight=0.2, terms="uv", squared=True).penalty(), weighted)
+    for weight in (0.2, torch.tensor(0.2)):
+        training = loralib.LowRankTraining(model, regu_weight=weight, terms="uv", squared=True)
+        assert torch.equal(training.penalty(), weighted)
     assert torch.equal(loralib.LowRankTraining(model).penalty(), loralib.compute_orth_regu(model, 0.1))
     assert loralib.LowRankTraining(model, regu_weight=0).penalty() == 0
     orthonormal = blocks("lora2", r=2, init="orthogonal")
@@ -164,6 +166,7 @@ def test_pruning_needs_the_number_of_steps_and_goes_no_further():
     ({"mask_intervall": 5}, TypeError), ({"mask_interval": 0}, ValueError), ({"target_rank": 9}, ValueError),
     ({"beta1": 2}, ValueError), ({"beta2": 1.0}, ValueError), ({"init_warmup": 40, "total_steps": 40}, ValueError),
     ({"terms": "vu"}, ValueError), ({"regu_weight": -0.1}, ValueError),
+    ({"constraint": object()}, TypeError),
 ])  # fmt: skip
 def test_a_wrong_option_is_refused_by_name(options, error):
     with pytest.raises(error, match=next(iter(options))):
@@ -214,6 +217,7 @@ def test_layers_frozen_before_or_during_pruning_keep_their_singular_values(count
     assert all(map(torch.equal, kept, [layer.lora_E for layer in frozen])) and (at > 1 or all(map(torch.all, kept)))
     assert sum(int(layer.lora_E.count_nonzero()) for layer in others) == 2 * len(others)
     assert training.ranks.live <= training.ranks.budget == training.ranks.target
+    assert len(training.ranks.values) == (len(others) if at == 1 else 3)  # those that trained at the start
     if others:  # there is no penalty without them
         with torch.no_grad():
             before = training.penalty()
