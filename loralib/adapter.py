@@ -8,7 +8,8 @@ changed, the folder's checksums, its fit to the model and the base's weights are
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,7 @@ from loralib.checks import check_choice
 from loralib.fingerprint import base_fingerprint
 from loralib.injection import KINDS, check_replaceable, is_linear, put_in_place
 from loralib.layers import LoRALayer, frozen_shape
-from loralib.model import (
-    head_tensors,
-    live_ranks,
-    mark_only_lora_as_trainable,
-    own_layers,
-    unwrapped,
-    unwrapped_throughout,
-)
+from loralib.model import head_tensors, live_ranks, mark_only_lora_as_trainable, own_layers, unwrapped
 from loralib.model_card import adapter_card
 
 # ---- saving ---------------------------------------------------------------------------------------------------------
@@ -64,7 +58,7 @@ def save_adapter(
         ValueError: if no parameter is trainable, peft holds the layers, a file would replace one that
             is not an adapter's, a value is NaN or a factor infinite, or JSON cannot hold ``card``.
     """
-    with unwrapped_throughout(model) as model:
+    with _unwrapped_throughout(model) as model:
         layers = own_layers(model)
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("nothing to save: no parameter is trainable; unfreeze the factors and the head first")
@@ -90,6 +84,21 @@ def save_adapter(
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}
     write_adapter(folder, config, stored, adapter_card(config), save_tokenizer)
     return Path(folder)
+
+
+@contextmanager
+def _unwrapped_throughout(model: nn.Module) -> Iterator[nn.Module]:
+    """The :func:`unwrapped <loralib.model.unwrapped>` model; within the block, its parts are unwrapped too."""
+    model = unwrapped(model)
+    parts = [(parent._modules, *part) for parent in model.modules() for part in parent._modules.items()]
+    wrapped = [(children, name, part) for children, name, part in parts if unwrapped(part) is not part]
+    try:
+        for children, name, part in wrapped:
+            children[name] = unwrapped(part)
+        yield model
+    finally:
+        for children, name, part in wrapped:
+            children[name] = part
 
 
 def _live_factors(layer_name: str, layer: LoRALayer, live: Sequence[int]) -> list[tuple[str, nn.Parameter, Tensor]]:

@@ -84,8 +84,8 @@ class RankAllocator:
     """Prunes the singular values of all layers to one global budget.
 
     Call :meth:`step` after ``optimizer.step()`` and before the gradients are cleared; steps count from 1.
-    The budget is for the layers that train when the allocator is made. One that is frozen by then, as another adapter in
-    peft may be, is not pruned, and :meth:`ranks` does not count it. One that is frozen later counts, and keeps its
+    The budget is for the layers that train when the allocator is made. One that is frozen by then, such as another
+    adapter in peft, is not pruned, and :meth:`ranks` does not count it. One that is frozen later counts, and keeps its
     singular values.
 
     Args:

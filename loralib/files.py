@@ -130,7 +130,8 @@ def refuse_files(folder: Name, patterns: Iterable[str] = ("*",)) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, in_use: Exception | None = None, *, shared: bool = False) -> Iterator[bool]:
-    """Hold the lock on a folder or file among the processes of this machine until the block or the process ends.
+    """Hold the lock on a folder or file among the processes of this machine until the block or the process ends. A
+    process that is forked within the block holds it too.
 
     Yields whether it is held: Windows and some network disks have no such locks.
 
@@ -139,30 +140,23 @@ def locked(path: Path, in_use: Exception | None = None, *, shared: bool = False)
         in_use: raised if another process holds the lock; without it, the call waits.
         shared: any number of readers may hold the lock, but no writer beside them.
     """
-    held: list[int] = []  # the descriptor, until it is closed
-    alone = False
-
-    def release() -> None:
-        while held:
-            os.close(held.pop())
-
+    held, descriptor = False, None
     try:
         try:
             import fcntl
 
-            held.append(os.open(path, os.O_RDONLY if shared or path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644))
-            fcntl.flock(held[0], (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if in_use else 0))
-            alone = True
+            descriptor = os.open(path, os.O_RDONLY if shared or path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if in_use else 0))
+            held = True
         except BlockingIOError as error:
             raise in_use or error from None
         except (ImportError, OSError) as error:
             if in_use:
                 _logger.warning("%s cannot be locked (%s): start nothing else there", path.parent, error)
-        if in_use and hasattr(os, "register_at_fork"):  # else a killed run's data workers hold the lock for seconds
-            os.register_at_fork(after_in_child=release)
-        yield alone
+        yield held
     finally:
-        release()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

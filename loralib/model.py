@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -22,21 +21,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     names = ("module",) if isinstance(model, _WRAPPERS) else inside
     inner = next((getattr(model, name) for name in names if hasattr(model, name)), None)
     return model if inner is None else unwrapped(inner)
-
-
-@contextmanager
-def unwrapped_throughout(model: nn.Module) -> Iterator[nn.Module]:
-    """The :func:`unwrapped` model; within the block, its parts are unwrapped too."""
-    model = unwrapped(model)
-    parts = [(parent._modules, *part) for parent in model.modules() for part in parent._modules.items()]
-    wrapped = [(children, name, part) for children, name, part in parts if unwrapped(part) is not part]
-    try:
-        for children, name, part in wrapped:
-            children[name] = unwrapped(part)
-        yield model
-    finally:
-        for children, name, part in wrapped:
-            children[name] = part
 
 
 def lora_layers(model: nn.Module) -> dict[str, LowRankUpdate]:
@@ -63,12 +47,6 @@ def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def svd_layers(model: nn.Module) -> dict[str, LowRankUpdate]:
     """The low-rank layers that have singular values, by module name; ``compact`` may leave a layer without any."""
     return {name: layer for name, layer in lora_layers(model).items() if layer.lora_E is not None}
-
-
-def svd_factors(model: nn.Module) -> list[nn.Parameter]:
-    """The factors, without e, of all layers with singular values. One that layers share is listed once."""
-    layers = svd_layers(model).values()
-    return list(dict.fromkeys(factor for layer in layers for factor in [*layer.lora_B, *layer.lora_A]))
 
 
 def trained_svd_layers(model: nn.Module, purpose: str) -> dict[str, LowRankUpdate]:

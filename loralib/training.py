@@ -65,7 +65,8 @@ class LowRankTraining(Training):
         target_rank: average number of singular values that a layer keeps; without it nothing is pruned.
         constraint: the class :class:`loralib.recipes.exact_factors.ExactFactors`, or another that is made for a model
             and has its three methods, in place of the regulariser.
-        regu_weight: weight of the regulariser, a number or a tensor without dimensions; 0 turns it off. Default: 0.1, or 0 with a constraint.
+        regu_weight: weight of the regulariser (number or scalar tensor); 0 turns it off. Default: 0.1, or 0 with a
+            constraint.
         terms, squared: as for :func:`loralib.compute_orth_regu`.
         pruning: init_warmup, final_warmup, mask_interval, beta1, beta2 and importance, as for
             :class:`loralib.RankAllocator`.

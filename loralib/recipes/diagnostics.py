@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from loralib.fused import without_autocast
-from loralib.model import lora_layers, svd_factors, svd_layers
-from loralib.recipes.exact_factors import deviations
+from loralib.model import lora_layers, svd_layers
+from loralib.recipes.exact_factors import deviations, svd_factors
 from loralib.update import LowRankUpdate
 
 

@@ -22,13 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from loralib.fused import without_autocast
-from loralib.model import svd_factors, svd_layers
+from loralib.model import svd_layers
 
 # Four steps of degree five bring eigenvalues of the Gram between 0.2 and 2 to 1 in float32. What is left of a larger
 # drift, or after the scaling below, shrinks further with every later retraction.
 NEWTON_SCHULZ_STEPS = 4
 _LARGEST = 2.0  # a Gram whose row sums, which bound its eigenvalues, exceed this is scaled down first
 ORTHONORMAL = 1e-3  # ‖Gram − I‖_F below which a factor counts as orthonormal
+
+
+def svd_factors(model: nn.Module) -> list[nn.Parameter]:
+    """The factors, without e, of all layers with singular values. One that layers share is listed once."""
+    layers = svd_layers(model).values()
+    return list(dict.fromkeys(factor for layer in layers for factor in [*layer.lora_B, *layer.lora_A]))
 
 
 class ExactFactors:

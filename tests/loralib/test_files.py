@@ -1,7 +1,6 @@
 """Files that are replaced as a whole, and locks between threads and processes."""
 
 import os
-import signal
 import threading
 from unittest import mock
 
@@ -42,21 +41,3 @@ def test_waiting_thread_gets_the_lock_when_it_is_released(tmp_path):
         assert not entered.wait(0.1) and thread.is_alive()
     thread.join()
     assert entered.is_set()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_process_does_not_hold_the_lock(tmp_path):
-    """As the data workers of a killed run, which notice its end only seconds later."""
-    reader, writer = os.pipe()
-    with locked(tmp_path / ".lock", ValueError("in use")):
-        child = os.fork()
-        if child == 0:
-            os.write(writer, b"forked")
-            signal.pause()
-        os.read(reader, 6)
-    try:
-        with locked(tmp_path / ".lock", ValueError("in use")):
-            pass
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
