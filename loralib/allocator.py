@@ -3,7 +3,7 @@
 At every masking the b(t) most important singular values of all layers are kept and the others are set to 0; of equal
 ones those with later names and indices stay. Between maskings the optimiser may move a pruned value away from 0, so
 that it can come back. In the last final_warmup steps the mask is fixed and applied after every step, so that it cannot.
-:mod:`loralib.pruning_warmup_schedule` has b(t) and the steps that mask.
+:mod:`loralib.budget_schedule_with_warmup` has b(t) and the steps that mask.
 
 Sensitivity of an entry w: I = |w · ∂L/∂w| (with ExactFactors of the projected gradient); Ī its moving average (β₁). Its
 uncertainty Ū is the moving average of |I − Ī| (β₂), and its score S = Ī · Ū. Scores are updated at the steps before
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loralib.budget_schedule_with_warmup import MASK_INTERVAL, BudgetSchedule
 from loralib.checks import check_choice, check_number, check_whole_number
 from loralib.model import live_singular_values, trained_svd_layers
-from loralib.pruning_warmup_schedule import MASK_INTERVAL, BudgetSchedule
 from loralib.update import LowRankUpdate
 
 IMPORTANCES = ("inner", "full")
@@ -91,13 +91,13 @@ class RankAllocator:
     Args:
         model: has low-rank layers with singular values, all of the same rank.
         total_steps, init_warmup, final_warmup, mask_interval: as for
-            :class:`loralib.pruning_warmup_schedule.BudgetSchedule`.
+            :class:`loralib.budget_schedule_with_warmup.BudgetSchedule`.
         target_rank: average final rank of a layer.
         beta1, beta2: decay rates of the moving averages of sensitivity and uncertainty, in (0, 1).
         importance: ``"inner"`` or ``"full"``, see the module's docstring.
 
     Attributes:
-        schedule: the :class:`loralib.pruning_warmup_schedule.BudgetSchedule`.
+        schedule: the :class:`loralib.budget_schedule_with_warmup.BudgetSchedule`.
 
     Raises:
         ValueError: for a value out of range, or values that contradict each other.

@@ -17,7 +17,7 @@ from peft.tuners.adalora import AdaLoraLayer, AdaLoraModel, RankAllocator
 from torch import Tensor, nn
 
 from loralib.allocator import Ranks
-from loralib.pruning_warmup_schedule import BudgetSchedule
+from loralib.budget_schedule_with_warmup import BudgetSchedule
 from loralib.training import Training, check_optimizers
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # peft's names

@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from loralib.pruning_warmup_schedule import FINAL_WARMUP, INIT_WARMUP, MASK_INTERVAL
+from loralib.budget_schedule_with_warmup import FINAL_WARMUP, INIT_WARMUP, MASK_INTERVAL
 from loralib.recipes.learning_rates import B_LR_RATIO, VALUE_LR_RATIO, parameter_groups
 from nlu import METHOD_FOLDER
 from nlu.arguments import AT_LEAST_1, INSIDE_1, NOT_NEGATIVE, POSITIVE, SHARE, Flag

@@ -1,4 +1,4 @@
-"""The warm-ups of the pruning, and its budget in between (arXiv 2303.10512, section 3.3). It needs no torch.
+"""The budget of the pruning over the steps, between two warm-ups (arXiv 2303.10512, section 3.3). It needs no torch.
 
 With T steps in all, t_i = init_warmup and t_f = final_warmup, the number of singular values in all layers is
 
