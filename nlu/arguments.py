@@ -108,6 +108,16 @@ class Arguments(SimpleNamespace):
         command: the command of the run.
     """
 
+    def reads(self, split: str) -> bool:
+        """Whether the run needs a split of this name: train, validation, test, or one of MNLI's (test_matched, …)."""
+        held_out = self.holdout_fraction is not None  # instead of the validation set
+        needs = {
+            "train": self.do_train or (self.do_eval and held_out),
+            "validation": self.do_eval and not held_out,
+            "test": self.do_predict,
+        }
+        return needs[split.partition("_")[0]]
+
 
 # ---- the table -----------------------------------------------------------------------------------------------------
 

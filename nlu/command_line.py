@@ -23,7 +23,7 @@ from nlu.arguments import CHOICE_FLAGS, DATA_FLAGS, MODEL_FLAGS, TRAINING_FLAGS,
 from nlu.errors import OneLineParser, UsageError
 from nlu.json_yaml import read_yaml
 from nlu.methods.registry import FLAGS as METHOD_FLAGS
-from nlu.methods.registry import METHODS
+from nlu.methods.registry import METHODS, scale_of
 from nlu.runs.processes import world_size
 
 logger = logging.getLogger("nlu")
@@ -178,8 +178,8 @@ _ALWAYS = (
 )  # fmt: skip
 
 
-def resolved(args: Arguments) -> list[tuple[str, str, str]]:
-    """The values that decide what a run computes: (name, value, source), for --dry_run.
+def resolved_lines(args: Arguments) -> list[str]:
+    """The values that decide what a run computes, for --dry_run: lines of name, value and source.
 
     Those are the flags that something sets, and the most important defaults. Below them are the rows of a step, and for
     a low-rank method, the scale α/r and the learning rate × α/r, which methods are compared at.
@@ -196,17 +196,10 @@ def resolved(args: Arguments) -> list[tuple[str, str, str]]:
             rows.append((name, str(value), source))
     parts = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     rows.append(("batch", str(math.prod(parts)), "{} at once × {} accumulated × {} processes".format(*parts)))
-    if {"lora_alpha", "lora_r"} <= read:
-        scale = args.lora_alpha / args.lora_r
+    if (scale := scale_of(vars(args))) is not None:
         rows.append(("α/r", f"{scale:.4g}", "the scale of the update"))
         if args.learning_rate is not None:
             rows.append(("learning_rate × α/r", f"{scale * args.learning_rate:.4g}", "compare methods at this"))
-    return rows
-
-
-def resolved_lines(args: Arguments) -> list[str]:
-    """The rows of :func:`resolved` as aligned lines."""
-    rows = resolved(args)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows]
 

@@ -83,8 +83,6 @@ def own_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--methods", required=True, metavar="NAMES", help="files of configs/methods/, comma-separated: lora2,lora,…")
-    add("--task_name", nargs="+", action="extend", default=[], metavar="TASK",
-        help="GLUE's task (for several: an experiment file for nlu/sweep.py)")  # fmt: skip
     add("--reference", metavar="NAME",
         help="the one of --methods that the others are compared with (LoRA, else the first)")  # fmt: skip
     add("--seeds", type=positive_int, default=3, metavar="N", help="runs with the seeds 1 to N (3)")
@@ -120,10 +118,6 @@ def plan(args: argparse.Namespace, flags: dict[str, Any]) -> Experiment:
     specs = {spec: _spec(spec) for spec in split_methods(args.methods)}
     if args.reference not in (None, *specs):
         raise UsageError(f"--reference {args.reference} is none of --methods: {', '.join(specs)}")
-    if args.task_name:
-        flags = flags | {"task_name": ",".join(args.task_name)}
-    if "," in flags.get("task_name", ""):
-        raise UsageError("compare.py takes one --task_name: for several, write an experiment file for nlu/sweep.py")
     data = flags.get("task_name") or re.sub("[^A-Za-z0-9_.-]+", "_", Path(flags.get("train_file", "own")).stem)
     name = args.name or f"compare-{data}"
     usual = {"do_train": True, "do_eval": True}

@@ -123,16 +123,13 @@ def check(runs: list[Run]) -> None:
     """
     for run in {str(run.arguments | {"seed": None}): run for run in runs}.values():
         values = run.parse()
-        held_out, task = values.holdout_fraction is not None, TASKS.get(values.task_name)
-        wanted = {"train": values.do_train, "validation": values.do_eval and not held_out, "test": values.do_predict}
+        task = TASKS.get(values.task_name)
+        splits = filter(values.reads, task.splits if task else ("train", "validation", "test"))
         try:
-            if task is None:
-                files = [getattr(values, f"{split}_file") for split in wanted if wanted[split]]
-                for file in filter(None, files):
-                    with open(file, "rb"):
-                        pass
-            elif values.glue_dir:
-                for split in [split for split in task.splits if wanted[split.partition("_")[0]]]:
+            for split in splits:
+                if task is None and (file := getattr(values, f"{split}_file")):
+                    open(file, "rb").close()
+                elif task and values.glue_dir:
                     required_files(task, split, values.glue_dir)
         except (UsageError, OSError) as error:
             raise UsageError(f"{run.name}: {reason(error)}") from None

@@ -5,6 +5,7 @@ A row has the task's splits and its metrics, of which the first is its score.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Name of a metric in --metric -> its key in records.
@@ -185,5 +186,13 @@ _ROWS = (
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
-# Column of a table of scores → its heading.
-HEADINGS = {task.name: task.display for task in _ROWS} | {"mismatched_accuracy": "MNLI-mm"}
+
+
+def heading(name: str) -> str:
+    """What tables and figures call a task; the name of one's own data stays as it is."""
+    return TASKS[name].display if name in TASKS else name
+
+
+def headings(names: Iterable[str]) -> str:
+    """The headings of tasks for a sentence, each once."""
+    return ", ".join(map(heading, dict.fromkeys(names)))

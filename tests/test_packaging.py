@@ -77,8 +77,8 @@ LOOK_AND_RUN = """
 import sys
 from nlu.methods.registry import METHODS
 from nlu.run_glue import main
-from nlu.tasks import HEADINGS, TASKS
-print(list(METHODS)[3:6], list(TASKS)[:2], HEADINGS["toy"], METHODS["toy"].display, sep=";")
+from nlu.tasks import TASKS, heading
+print(list(METHODS)[3:6], list(TASKS)[:2], heading("toy"), METHODS["toy"].display, sep=";")
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset, Features, Value
 
+from nlu.arguments import Arguments
 from nlu.data.glue import load_split
 from nlu.data.own_task import load_own_files
 from nlu.errors import UsageError, reason
@@ -33,7 +34,7 @@ class Data(NamedTuple):
     skipped: dict[str, int]
 
 
-def load_data(arguments: Any) -> Data:
+def load_data(arguments: Arguments) -> Data:
     """Load the data that a run with these arguments needs.
 
     These are the splits that --do_train, --do_eval and --do_predict ask for. With --holdout_fraction, held-out training
@@ -42,21 +43,16 @@ def load_data(arguments: Any) -> Data:
     Raises:
         UsageError: if a split is missing or a file is malformed; the message names the file and the line.
     """
-    held_out, skipped = arguments.holdout_fraction is not None, {}
-    wanted = {
-        "train": arguments.do_train or (arguments.do_eval and held_out),
-        "validation": arguments.do_eval and not held_out,
-        "test": arguments.do_predict,
-    }
+    skipped: dict[str, int] = {}
     if arguments.task_name is None:
         paths = {"train": arguments.train_file, "validation": arguments.validation_file, "test": arguments.test_file}
-        paths = {split: path for split, path in paths.items() if path and (split == "train" or wanted[split])}
+        paths = {split: path for split, path in paths.items() if path and (split == "train" or arguments.reads(split))}
         task, columns, skipped = load_own_files(paths, arguments)
         rows = {split: _dataset(task, values) for split, values in columns.items()}
     else:
         task = TASKS[arguments.task_name]
-        rows = _load_glue(task, [split for split in task.splits if wanted[split.partition("_")[0]]], arguments)
-    if held_out and "train" in rows:  # not if test rows alone are predicted
+        rows = _load_glue(task, [split for split in task.splits if arguments.reads(split)], arguments)
+    if arguments.holdout_fraction is not None and "train" in rows:  # not if test rows alone are predicted
         rows |= _hold_out(task, rows["train"], arguments.holdout_fraction, arguments.holdout_seed)
     if arguments.predict_task is not None:
         other, split = TASKS[arguments.predict_task], f"test_{arguments.predict_task}"

@@ -42,7 +42,7 @@ from nlu.command_line import as_words, parse_arguments
 from nlu.errors import UsageError, reason
 from nlu.experiments.names import label_of, row_of, run_name, task_of
 from nlu.json_yaml import read_yaml
-from nlu.tasks import HEADINGS
+from nlu.tasks import heading
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Experiment:
     def row(self, run: Run) -> str:
         """What gets one learning rate, for the run or the runs that try rates: its row, or its row on its task."""
         row, per_task = row_of(run.label), self.tune is not None and self.tune.one_rate_for == "row_and_task"
-        return f"{row} on {HEADINGS.get(run.task, run.task)}" if per_task else row
+        return f"{row} on {heading(run.task)}" if per_task else row
 
     @property
     def plan(self) -> dict[str, str]:

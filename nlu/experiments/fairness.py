@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from nlu.experiments.experiment import Run
-from nlu.methods.registry import flag_methods
-from nlu.tasks import HEADINGS
+from nlu.methods.registry import scale_of
+from nlu.tasks import headings
 
 CLOSE = 0.1  # scales whose relative difference is larger do not match
-
-
-def scale_of(arguments: Mapping[str, Any]) -> float | None:
-    """α/r, with which a method's update is multiplied; None for methods without it.
-
-    Args:
-        arguments: those of a run, `method` among them, with defaults.
-    """
-    if arguments["method"] not in flag_methods("lora_alpha"):
-        return None
-    return arguments["lora_alpha"] / arguments["lora_r"]
 
 
 def unlike_scales(runs: Iterable[Run]) -> list[str]:
@@ -37,8 +25,8 @@ def unlike_scales(runs: Iterable[Run]) -> list[str]:
     for task, rows in scales.items():
         if not math.isclose(min(rows.values()), max(rows.values()), rel_tol=CLOSE):
             text = ", ".join(f"{row} {scale:.3g}" for row, scale in rows.items())
-            differing.setdefault(text, []).append(HEADINGS.get(task, task))
+            differing.setdefault(text, []).append(task)
     if not differing:
         return []
-    named = "; ".join(f"{', '.join(tasks)}: {text}" for text, tasks in differing.items())
+    named = "; ".join(f"{headings(tasks)}: {text}" for text, tasks in differing.items())
     return [f"α/r differs between rows, so equal learning rates are not equal steps ({named})."]

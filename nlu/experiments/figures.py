@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 
 from nlu.experiments.statistics import finished
 from nlu.experiments.tables import ALL
-from nlu.tasks import HEADINGS
+from nlu.tasks import heading, headings
 
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 STYLES = cycler(linestyle=["-", "--", ":"]) * cycler(color=COLOURS, marker=list("osD^vPX"))
@@ -97,9 +97,9 @@ def _differences(scores: pd.DataFrame, runs: pd.DataFrame, styles: Styles) -> Dr
     axes.axvline(0, color="#888888", linewidth=1)
     axes.set_xlabel("points, with 95 % intervals")
     other = "of the row named after the minus" if several else f"of {rows.against[0]}"
-    what = "mean over " * (runs.task.nunique() > 1) + task_names(runs.task)
+    what = "mean over " * (runs.task.nunique() > 1) + headings(runs.task)
     _title(figure, runs, f"score minus that {other}, {what}")
-    text = f"Score minus that {other} on {task_names(runs.task)}, with 95 % intervals."
+    text = f"Score minus that {other} on {headings(runs.task)}, with 95 % intervals."
     return Drawing("differences", text, figure)
 
 
@@ -118,7 +118,7 @@ def _curves(runs: pd.DataFrame, styles: Styles) -> Drawing | None:
                 medians = own.groupby("steps_at")[source].median()
                 (handles[label],) = axes.plot(medians.index, medians, **styles[label])
             what = "validation score" if source == "scores" else "validation loss"
-            axes.set_title(f"{HEADINGS.get(task, task)}: {what}", loc="left")
+            axes.set_title(f"{heading(task)}: {what}", loc="left")
             axes.set_xlim(left=0)
             if source == "scores":
                 axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
@@ -126,7 +126,7 @@ def _curves(runs: pd.DataFrame, styles: Styles) -> Drawing | None:
         axes.set_xlabel("step")
     _legend(figure, handles)
     _title(figure, runs, f"score and loss on the validation set during training, medians over {_seeds(seeds)}")
-    text = f"Score and validation loss at each evaluation on {task_names(tasks)}: medians over the seeds."
+    text = f"Score and validation loss at each evaluation on {headings(tasks)}: medians over the seeds."
     return Drawing("curves", text, figure)
 
 
@@ -154,7 +154,7 @@ def _rates(runs: pd.DataFrame, styles: Styles) -> Drawing | None:
         axes.set_xticks(rates[np.diff(np.log(rates), prepend=-np.inf) > 0.3])  # closer labels would overlap
         axes.xaxis.set_major_formatter("{x:.2g}")
         axes.tick_params(axis="x", rotation=45, labelsize=7.5)
-        axes.set_title(HEADINGS.get(task, task), loc="left")
+        axes.set_title(heading(task), loc="left")
         axes.set_ylim(top=min(100.0, axes.get_ylim()[1]))
     for axes in panels[-columns:]:
         axes.set_xlabel("learning rate (log scale)")
@@ -163,7 +163,7 @@ def _rates(runs: pd.DataFrame, styles: Styles) -> Drawing | None:
     _legend(figure, handles)
     _title(figure, runs, f"{what} against the learning rate, {_seeds(runs.seed.nunique())}")
     text = (
-        f"Mean {what} at the last evaluation against the learning rate on {task_names(tasks)}. A cross marks a failed "
+        f"Mean {what} at the last evaluation against the learning rate on {headings(tasks)}. A cross marks a failed "
         "run, if its record has the loss of a constant answer."
     )
     return Drawing("rates", text, figure)
@@ -187,8 +187,3 @@ def _legend(figure: Figure, handles: dict[str, Any]) -> None:
     lines = sum(text.count("\n") + 1 for text in texts) / 2
     figure.set_figheight(figure.get_figheight() + 0.2 * lines)  # the panels keep their size
     figure.legend(handles.values(), texts, loc="outside lower center", ncols=2)
-
-
-def task_names(tasks: Iterable[str]) -> str:
-    """The names of tasks in texts, each once."""
-    return ", ".join(HEADINGS.get(task, task) for task in dict.fromkeys(tasks))

@@ -10,7 +10,7 @@ import pandas as pd
 
 from nlu.experiments.statistics import LEVEL, finished
 from nlu.experiments.tables import ALL, number
-from nlu.tasks import HEADINGS
+from nlu.tasks import headings
 
 
 def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
@@ -58,10 +58,7 @@ def advice(every: pd.DataFrame) -> list[str]:
 def lost(every: pd.DataFrame) -> list[str]:
     """A sentence about the runs that ended early."""
     runs = every[every.status != "finished"]
-    named = [
-        f"{label} on {', '.join(HEADINGS.get(task, task) for task in own.task.unique())}"
-        for label, own in runs.groupby("label", sort=False)
-    ]
+    named = [f"{label} on {headings(own.task)}" for label, own in runs.groupby("label", sort=False)]
     return [f"{len(runs)} of {len(every)} runs ended early and have no score: {'; '.join(named)}."] if named else []
 
 

@@ -14,9 +14,8 @@ from scipy import stats
 
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError
-from nlu.experiments.fairness import scale_of
 from nlu.experiments.lines import read_lines
-from nlu.methods.registry import FLAGS, METHODS
+from nlu.methods.registry import FLAGS, METHODS, scale_of
 from nlu.runs.identity import FREE, INPUTS, PREDICTING
 from nlu.tasks import TASKS
 

@@ -22,12 +22,12 @@ from nlu.experiments.launcher import ON, Launcher, group_in, is_held
 from nlu.experiments.lines import measured_line, read_lines, write_line, write_plan
 from nlu.experiments.names import portable
 from nlu.json_yaml import read_json
+from nlu.runs import LOCK, RECORD
 from nlu.runs.identity import FREE, changes, content_digests
 from nlu.runs.signals import handled_by
 
 _POLL_SECONDS = 0.1
 Ran = tuple[int, dict[str, dict[str, Any]]]  # an exit code, and lines by the run's name
-LOCK, RECORD = ".lock", "results.json"  # as in nlu/runs/folder.py, which imports torch
 REFUSED = 2  # run_glue's exit code for wrong arguments or data, and for a folder in use
 
 
@@ -52,29 +52,27 @@ class Sweep:
         return self.folder / "logs" / f"{run.name}.log"
 
     def states(self) -> dict[str, str]:
-        """Name → `finished`; `changed`: finished, but with other arguments or contents; `failed`; or :meth:`state`.
+        """Name → :meth:`state`.
 
         Raises:
             UsageError: a line is damaged; the message names it.
         """
-        lines, states = read_lines(self.measured), {}
-        for run in self.runs:
-            line = lines.get(run.name)
-            changed = line and line["status"] == "finished" and self.changes(run, line)
-            states[run.name] = "changed" if changed else line["status"] if line else self.state(run)
-        return states
+        lines = read_lines(self.measured)
+        return {run.name: self.state(run, lines.get(run.name)) for run in self.runs}
 
-    def state(self, run: Run) -> str:
-        """What the folder of a run without a line says: `running`, for an earlier sweep that was killed; `ended`: it
-        has finished meanwhile; or `to do`: it starts, or resumes from what the folder holds.
+    def state(self, run: Run, line: dict[str, Any] | None) -> str:
+        """What a run's line, or its folder if it has none, says: `finished`; `changed`: finished, but with other
+        arguments or contents; `failed`; `running`, for an earlier sweep that was killed; or `to do`: it starts, or
+        resumes from what the folder holds.
         """
-        if is_held(self.folder / run.name / LOCK):
-            return "running"
-        with contextlib.suppress(UsageError):  # a damaged record is run_glue's to report
-            line = self.line_of(run)
-            if line and line["status"] == "finished" and not self.changes(run, line):
-                return "ended"
-        return "to do"
+        if line is None:
+            if is_held(self.folder / run.name / LOCK):
+                return "running"
+            with contextlib.suppress(UsageError):  # a damaged record is run_glue's to report
+                line = self.line_of(run)
+        if line is None:
+            return "to do"
+        return "changed" if line["status"] == "finished" and self.changes(run, line) else line["status"]
 
     def line_of(self, run: Run) -> dict[str, Any] | None:
         """The line that follows from the record in a run's folder; None if the run has not ended.
@@ -121,10 +119,10 @@ class Sweep:
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         caught = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
         with locked(self.measured.with_name(f".{self.measured.stem}.lock"), in_use):
-            states = self.states()
+            lines, states = read_lines(self.measured), self.states()
             changed = [run for run in self.runs if states[run.name] == "changed"]
             if changed and not rerun_changed:
-                differences = self.changes(changed[0], read_lines(self.measured)[changed[0].name])
+                differences = self.changes(changed[0], lines.get(changed[0].name) or self.line_of(changed[0]))
                 raise UsageError(
                     f"{len(changed)} run(s), for example {changed[0].name}, were made with other arguments or "
                     f"contents ({differences}); pass --rerun_changed to repeat them, or give the experiment a new name "
@@ -132,7 +130,7 @@ class Sweep:
                 )
             write_plan(self.measured, self.experiment.plan)
             with handled_by(self._stop, caught):
-                self._run_all(launcher, states, rerun_changed)
+                self._run_all(launcher, states, lines, rerun_changed)
         for name, reason in self.failures.items():
             print(f"failed: {name}: {reason}", file=sys.stderr)
         counts = f"{len(self.finished)} run(s) finished now, {len(self.failures)} failed"
@@ -142,9 +140,11 @@ class Sweep:
         code = 128 + self.signals[0] if self.signals else int(bool(self.failures))
         return code, read_lines(self.measured)
 
-    def _run_all(self, launcher: Launcher, states: dict[str, str], rerun_changed: bool) -> None:
+    def _run_all(
+        self, launcher: Launcher, states: dict[str, str], lines: dict[str, dict[str, Any]], rerun_changed: bool
+    ) -> None:
         self.launcher, self.rerun_changed = launcher, rerun_changed
-        pending = [run for run in self.runs if states[run.name] != "finished"]
+        pending = [run for run in self.runs if run.name not in lines or states[run.name] != "finished"]
         earlier = {run.name: contextlib.ExitStack() for run in pending}  # holds the devices of a killed sweep's run
         for run in pending:
             if states[run.name] == "running":
@@ -155,7 +155,7 @@ class Sweep:
         # The time left follows from the runs made now, by their mean (smoothing 0), because they end in groups.
         bar = tqdm(total=total, initial=done, desc=self.measured.stem, unit="run", mininterval=interval, smoothing=0)
         with bar, ThreadPoolExecutor(launcher.jobs) as pool:
-            makes = [pool.submit(self._make, run, states[run.name], earlier[run.name], bar) for run in pending]
+            makes = [pool.submit(self._make, run, lines.get(run.name), earlier[run.name], bar) for run in pending]
             try:
                 for made in as_completed(makes):
                     made.result()
@@ -164,7 +164,7 @@ class Sweep:
                 self._stop(signal.SIGTERM)
                 raise
 
-    def _make(self, run: Run, state: str, earlier: contextlib.ExitStack, bar: tqdm) -> None:
+    def _make(self, run: Run, line: dict[str, Any] | None, earlier: contextlib.ExitStack, bar: tqdm) -> None:
         """Make one run: wait for an earlier sweep's process, start one if the run is not finished, write its line."""
         lock = self.folder / run.name / LOCK
         while True:
@@ -173,15 +173,16 @@ class Sweep:
                     time.sleep(_POLL_SECONDS)
             if self.signals:
                 return
-            code = 0
-            if state in ("failed", "changed") or self.state(run) != "ended":
+            code, state = 0, self.state(run, line)
+            if state != "finished":
                 command = self.command_line(run)
                 if state == "failed" or self.rerun_changed:
                     command.append("--overwrite_output_dir")  # replaces another run, and resumes this one
                 with self.launcher.devices() as group:
                     self.processes[run.name] = process = self.launcher.start(command, self.log(run), group)
-                    if state in ("failed", "changed"):  # once it has started: its line may be all that is left of it
+                    if line:  # removed once the run has started: it may be all that is left of the earlier one
                         write_line(self.measured, run.name, None)
+                        line = None
                     bar.set_postfix_str(", ".join([*self.processes]))
                     if self.signals:  # it came while the process was started
                         self._end(process)

@@ -13,7 +13,7 @@ from nlu import ROOT
 from nlu.command_line import DEFAULTS
 from nlu.experiments.statistics import Estimate, estimate, finished, paired, reference
 from nlu.json_yaml import read_json
-from nlu.tasks import HEADINGS
+from nlu.tasks import heading
 
 ALL = "all tasks"
 NONE = "–"
@@ -183,8 +183,8 @@ def score_text(frame: pd.DataFrame) -> pd.DataFrame:
     }
     tasks = list(by_task(frame))
     for task, cells in tasks:
-        heading = HEADINGS.get(task, task)
-        for name, title in (("score", heading), ("mismatched", "MNLI-mm"), ("test", f"{heading} test")):
+        titles = {"score": heading(task), "mismatched": "MNLI-mm", "test": f"{heading(task)} test"}
+        for name, title in titles.items():
             if name == "score" or cells[name].notna().any():
                 text[title] = list(map(with_deviation, cells[name], cells[f"{name}_std"]))
     averages = {"average": "score"} if len(tasks) > 1 else {}
@@ -224,7 +224,7 @@ def published_text(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
                 "published": list(cells.published.map(number)),
                 "seeds": list(cells.finished.map(count)),
             }
-            yield HEADINGS.get(task, task), pd.DataFrame(columns | _difference_text(cells.fillna({"against": ""})))
+            yield heading(task), pd.DataFrame(columns | _difference_text(cells.fillna({"against": ""})))
 
 
 def as_csv(frame: pd.DataFrame) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from nlu.experiments.sentences import without_rate
 from nlu.experiments.statistics import as_frame
 from nlu.experiments.sweep_loop import Ran
 from nlu.experiments.tables import number
-from nlu.tasks import HEADINGS
+from nlu.tasks import heading
 
 Grids = Mapping[str, Sequence[float]]  # what gets one rate (see Experiment.row) → the rates to try
 Discarded = Callable[[pd.DataFrame], pd.Series]  # which rows of the table of `choose_rates` are discarded
@@ -86,7 +85,7 @@ def choose(experiment: Experiment, run_all: Callable[[Experiment], Ran]) -> tupl
         part = Experiment(f"{experiment.name}_tuning", tuning_runs(experiment, grids), tune=experiment.tune)
         code, found = run_all(part)
         table = tuning_frame(as_frame(found[name] for name in part.plan if name in found), part.plan)
-        wider = grids | beyond(table[~table.row.isin(_waiting(part.plan, found))])
+        wider = grids | beyond(table)
         if code > 1 or not left or wider == grids:
             break
         grids = wider
@@ -184,7 +183,7 @@ def tuning_frame(
     every: pd.DataFrame, plan: Mapping[str, str], discarded: Discarded = lambda table: table.failed
 ) -> pd.DataFrame:
     """What tuning tried on held-out rows: for each row and rate the mean score on each task, and the choice, see
-    :func:`choose_rates`. A row whose runs have not all ended has none yet.
+    :func:`choose_rates`. A row whose runs have not all ended has neither mean z-score nor choice yet.
 
     Args:
         plan: run → what it tries a rate for, see :attr:`Experiment.plan`; by default its row.
@@ -193,14 +192,10 @@ def tuning_frame(
     rates = rates[rates.held_out]
     rates = rates.assign(row=[plan.get(run, row) for run, row in zip(rates.run, rates.row, strict=True)])
     table = choose_rates(rates, discarded)
-    table["chosen"] &= ~table.row.isin(_waiting(plan, every.run))
+    waits = table.row.isin({row for run, row in plan.items() if run not in {*every.run}})
+    table = table.assign(z=table.z.mask(waits), chosen=table.chosen & ~waits)
     scores = rates.pivot_table(index=["row", "value"], columns="task", values="last", sort=False)
     return table.merge(scores.reset_index(), "left", on=["row", "value"])
-
-
-def _waiting(plan: Mapping[str, str], ended: Sequence[str] | Mapping[str, Any]) -> set[str]:
-    """The rows of a plan of which a run has not ended."""
-    return {row for run, row in plan.items() if run not in {*ended}}
 
 
 def _marks(frame: pd.DataFrame) -> np.ndarray:
@@ -214,7 +209,7 @@ def _marks(frame: pd.DataFrame) -> np.ndarray:
 def tuning_text(frame: pd.DataFrame) -> pd.DataFrame:
     """The printed form of :func:`tuning_frame`."""
     tasks = frame.columns[frame.columns.get_loc("chosen") + 1 :]
-    shown = {HEADINGS.get(task, task): frame[task] for task in tasks}
+    shown = {heading(task): frame[task] for task in tasks}
     if len(tasks) > 1 and (frame[tasks].notna().sum(axis=1) <= 1).all():  # each row has a rate of its own on each task
         shown = {"score": frame[tasks].max(axis=1)}
     return pd.DataFrame(

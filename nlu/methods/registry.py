@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from statistics import fmean
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,17 @@ def method_arguments(method: str, **values: Any) -> Any:
 def flag_methods(name: str) -> list[str]:
     """The methods that read a flag; none for a flag that is no method's."""
     return [method.name for method in METHODS.values() if any(flag.name == name for flag in method.flags)]
+
+
+def scale_of(arguments: Mapping[str, Any]) -> float | None:
+    """α/r, with which a method's update is multiplied; None for methods without it.
+
+    Args:
+        arguments: those of a run, `method` among them, with defaults.
+    """
+    if arguments["method"] not in flag_methods("lora_alpha"):
+        return None
+    return arguments["lora_alpha"] / arguments["lora_r"]
 
 
 def apply_without_weights(model: nn.Module, args: Any, total_steps: int) -> None:

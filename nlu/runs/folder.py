@@ -15,12 +15,11 @@ from nlu.arguments import Arguments
 from nlu.data.batching import effective_batch_size
 from nlu.errors import UsageError
 from nlu.json_yaml import read_json
+from nlu.runs import LOCK, RECORD
 from nlu.runs.identity import PREDICTING, changes
 from nlu.runs.resume import UNFINISHED
 
-RECORD = "results.json"
 PARTS = ("model", "adapter", "predictions", "log", "rank_pattern.json", RECORD)  # the record is deleted last
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from nlu.data.batching import effective_batch_size
 from nlu.errors import one_line
 from nlu.json_yaml import finite
 from nlu.methods.registry import count_parameters
-from nlu.runs.folder import RECORD
+from nlu.runs import RECORD
 from nlu.runs.machine import commit_of_code, machine, now, peak_memory_bytes, versions
 from nlu.runs.processes import is_first
 

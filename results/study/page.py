@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from nlu.experiments.figures import draw, styles_of, task_names
+from nlu.experiments.figures import draw, styles_of
 from nlu.experiments.page import figure_text, write_page
 from nlu.experiments.statistics import finished, load_measured
 from nlu.experiments.tables import as_csv, markdown, markdown_text, score_frame, setting
 from nlu.experiments.tuning import tried_rates, tuning_text
+from nlu.tasks import headings
 from results.study.questions import Question, load_questions
 from results.study.runs import of_question, scored_on_test, still_open, still_tuning, tuning_table
 from results.study.tables import claims_table, printed_claims, printed_scores, score_table, training_table
@@ -80,7 +81,7 @@ def section(
     drawings = {f"figures/{question.experiment}_{each.kind}.png": each for each in drawn}
     sentences = [f"Measured: {setting(every)}."]
     if question.test:
-        sentences.append(f"{task_names(question.test)} is scored on its labelled test rows.")
+        sentences.append(f"{headings(question.test)} is scored on its labelled test rows.")
     if crashed := int((every.status == "failed").sum()):
         sentences.append(f"{crashed} run(s) ended early and have no score.")
     if missing := sorted({each.label for each in question.claims} - set(done.label)):
@@ -99,6 +100,6 @@ def section(
 
 def _heading(question: Question, done: pd.DataFrame) -> str:
     models = " and ".join(sorted(set(done.model.dropna())))
-    tasks = " and ".join(task_names(done.task).rsplit(", ", 1))
+    tasks = " and ".join(headings(done.task).rsplit(", ", 1))
     names = {"experiment": question.experiment, "model": models or "the encoder", "tasks": tasks or "its tasks"}
     return markdown_text(re.sub(r"\{(\w+)\}", lambda found: names.get(found[1], found[0]), question.question))

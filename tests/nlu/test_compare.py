@@ -81,7 +81,7 @@ def test_tuning_chooses_each_methods_rate_by_its_held_out_score(call, tmp_path):
         (["--methods", "lora", "--tune", "--learning_rate", "1"], "--tune sets --learning_rate itself"),
         (["--methods", "lora2,lora", "--reference", "full"], "--reference full is none of --methods: lora2, lora"),
         (["--methods", "lora,query,value", "--learning_rate", "1"], "unknown method 'query'"),
-        (["--methods", "lora", "--task_name", "mrpc,stsb"], "takes one --task_name: for several, write an experiment"),
+        (["--methods", "lora", "--task_name", "mrpc,stsb"], "invalid choice: 'mrpc,stsb'"),
     ],
 )
 def test_wrong_flags_are_refused_in_one_line_before_any_run(call, tmp_path, flags, message):
