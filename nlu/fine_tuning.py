@@ -108,7 +108,7 @@ def _run_in(
 
 
 def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[str, Any]]:
-    """Load the model and apply the method; cheap checks come first. Of the run's folder only an empty model/ is made.
+    """Load the model and apply the method; cheap checks come first. Nothing is written to the run's folder.
 
     Returns:
         The trainer, and what the record says of its data, of the loss of a constant answer, and of a warm start.

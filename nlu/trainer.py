@@ -78,6 +78,8 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
         callbacks: list[TrainerCallback] = [ProgressLines(task.metric)]
         if arguments.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
+        # The Trainer makes this folder at once; the first checkpoint makes model/, when all arguments are checked.
+        checkpoints, training.output_dir = training.output_dir, arguments.root_output_dir
         super().__init__(
             model=model,
             low_rank=low_rank,
@@ -91,6 +93,7 @@ class GlueTrainer(WholeCheckpoints, LowRankTrainerMixin, Trainer):
             preprocess_logits_for_metrics=_logits_alone,
             callbacks=callbacks,
         )
+        self.args.output_dir = checkpoints
         device = self.args.device
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, device=device)
         self.remove_callback(PrinterCallback)  # the run prints lines of its own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -41,27 +41,35 @@ cover the variation between seeds alone. Failed runs: those that ended early, or
 class Measured:
     """The runs of an experiment and of its tuning, and the plans of both (see :attr:`Experiment.plan`)."""
 
-    runs: pd.DataFrame = field(default_factory=lambda: as_frame([]))
-    tuning: pd.DataFrame = field(default_factory=lambda: as_frame([]))
-    plan: Mapping[str, str] = field(default_factory=dict)
-    tuning_plan: Mapping[str, str] = field(default_factory=dict)
+    runs: pd.DataFrame
+    tuning: pd.DataFrame
+    plan: Mapping[str, str]
+    tuning_plan: Mapping[str, str]
 
 
-def experiments(folder: Path) -> dict[str, Measured]:
+def experiments(folder: Path, only: Experiment | None = None) -> dict[str, Measured]:
     """The experiments in a folder of lines, by name. NAME_tuning.jsonl holds the tuning of NAME, if it is one.
+
+    Args:
+        only: the only one to return; lines of other runs, and of a tuning that it does not have, are left out.
 
     Raises:
         UsageError: as :func:`~nlu.experiments.statistics.load_measured`.
     """
     runs, none = load_measured(folder), as_frame([])
     tunings = {name for name, own in runs.items() if name.endswith("_tuning") and own.held_out.all()}
+    names = dict.fromkeys(name.removesuffix("_tuning") if name in tunings else name for name in runs)
     found = {}
-    for name in dict.fromkeys(name.removesuffix("_tuning") if name in tunings else name for name in runs):
+    for name in [only.name] if only else names:
+        own, tuning = runs.get(name, none), runs[f"{name}_tuning"] if f"{name}_tuning" in tunings else none
         plan, tuning_plan = (read_plan(folder / f"{each}.jsonl") for each in (name, f"{name}_tuning"))
-        tuning = runs[f"{name}_tuning"] if f"{name}_tuning" in tunings else none
+        if only:
+            own = own[own.run.isin(only.plan)]
+        if only and not only.tune:
+            tuning, tuning_plan = none, {}
         if tuning_plan:  # an earlier grid may have left lines of other runs
             tuning = tuning[tuning.run.isin(tuning_plan)]
-        found[name] = Measured(runs.get(name, none), tuning, plan, tuning_plan)
+        found[name] = Measured(own, tuning, plan, tuning_plan)
     return found
 
 
@@ -73,7 +81,7 @@ def write_report(
     The same lines and versions give the same files.
 
     Args:
-        experiment: the only one to show; lines of other runs, and of a tuning that it does not have, are left out.
+        experiment: the only one to show, see :func:`experiments`.
         reference: the row that the others are compared with; None for LoRA at each of its sizes, or the first row.
 
     Returns:
@@ -82,11 +90,7 @@ def write_report(
     Raises:
         UsageError: there is no line, or a damaged one; or as :func:`write_page`.
     """
-    found = experiments(measured)
-    if experiment:
-        own = found.get(experiment.name, Measured())
-        own = replace(own, runs=own.runs[own.runs.run.isin([run.name for run in experiment.runs])])
-        found = {experiment.name: own if experiment.tune else Measured(runs=own.runs, plan=own.plan)}
+    found = experiments(measured, experiment)
     if not found:
         raise UsageError(f"{measured}: no measured runs; nlu/run_glue.py and nlu/sweep.py write them")
     styles = styles_of(label for own in found.values() for label in own.runs.label)

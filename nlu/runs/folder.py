@@ -53,17 +53,10 @@ class RunFolder:
         in_use = UsageError(f"{self.path} is in use by another run: {advice}")
         with locked(self.path / LOCK, in_use):
             try:
-                self._remove_empty_model()  # of a run that was killed
                 yield self.state()
             finally:
-                self._remove_empty_model()
                 if made and [path.name for path in self.path.iterdir()] == [LOCK]:
                     shutil.rmtree(self.path, ignore_errors=True)  # some file systems keep the open lock
-
-    def _remove_empty_model(self) -> None:
-        """The Trainer makes it before all arguments are checked."""
-        with contextlib.suppress(OSError):
-            (self.path / "model").rmdir()
 
     def state(self) -> tuple[str, dict[str, Any] | None]:
         """The state of the run, and its record so far.
