@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 # Name of a metric in --metric -> its key in records.
 METRICS = {
@@ -186,6 +187,12 @@ _ROWS = (
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
+
+
+def own_name(train_file: str | Path) -> str:
+    """What one's own data are called: as the training file, or as its folder if the file is called train."""
+    file = Path(train_file)
+    return file.parent.name if file.stem == "train" and file.parent.name else file.stem
 
 
 def heading(name: str) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 from nlu.data.file_formats import Reader, Row, shown
 from nlu.data.glue import as_number
 from nlu.errors import UsageError
-from nlu.tasks import METRICS, TASKS, Task
+from nlu.tasks import METRICS, TASKS, Task, own_name
 
 _TEXT_COLUMNS = [*{task.text_fields: None for task in TASKS.values()}, ("text",)]
 _WHOLE = re.compile(r"\s*[+-]?[0-9]+\s*")
@@ -31,8 +30,8 @@ def load_own_files(paths: dict[str, str], arguments: Any) -> tuple[Task, dict[st
             in GLUE (`sentence1` and `sentence2`, `sentence`, …) or `text`, or in the only one besides the label.
 
     Returns:
-        The task, named "custom" and displayed as the training file's name (accuracy; for two classes also the F1 of the
-        second; Pearson and Spearman for regression); its splits, each column -> values as
+        The task, named "custom" and displayed by its :func:`~nlu.tasks.own_name` (accuracy; for two classes also the F1
+        of the second; Pearson and Spearman for regression); its splits, each column -> values as
         :func:`~nlu.data.glue.load_split` gives them, a hidden label being -1, or NaN in a regression; and how many rows
         of each split --on_error left out.
 
@@ -54,7 +53,7 @@ def load_own_files(paths: dict[str, str], arguments: Any) -> tuple[Task, dict[st
             rows = reader.good_rows(text, other, blank=False, on_error=arguments.on_error)
             tables[split] = reader, list(rows)
     names = _class_names(*tables["train"], label_column)
-    task = Task("custom", Path(paths["train"]).name, text, names, _metrics(arguments.metric, names))
+    task = Task("custom", own_name(paths["train"]), text, names, _metrics(arguments.metric, names))
     splits = {}
     for split, (reader, rows) in tables.items():
         columns = {name: [row.values[name] for row in rows] for name in text}

@@ -13,7 +13,7 @@ from typing import Any
 from nlu.command_line import method_file
 from nlu.methods.registry import METHODS
 from nlu.runs.identity import INPUTS
-from nlu.tasks import TASKS
+from nlu.tasks import TASKS, own_name
 
 _ABSOLUTE = re.compile(r"(?<![\w./:~…-])/(?:[^\s/'\",:;]+/)*([^\s/'\",:;]+)/?")
 
@@ -48,9 +48,7 @@ def task_of(arguments: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     """
     if arguments.get("task_name") is not None:
         return arguments["task_name"]
-    file = Path(arguments.get("train_file") or "")
-    of_file = file.parent.name if file.stem == "train" and file.parent.name else file.stem
-    name = ", ".join(_words(data)) or of_file
+    name = ", ".join(_words(data)) or own_name(arguments.get("train_file") or "")
     return f"{name} (own)" if name in TASKS else name
 
 

@@ -135,7 +135,7 @@ def test_description_has_class_counts_and_truncated_rows(tmp_path):
     write_rows(tmp_path / "all.csv", [*lines, {"text": "a", "label": "lob"}])
     data = load(["train"], train_file=tmp_path / "all.csv")
     _, found = tokenize(data, make_tokenizer(model_max_length=4))
-    assert data.task.display == "all.csv"  # as the progress names it
+    assert data.task.display == "all"  # as the progress and tables name it
     classes = {"Kritik": 10, "Lob": 10, "lob": 1}
     assert found == {"train": {"rows": 21, "skipped": 0, "cut": 20, "hidden": 0, "classes": classes}}
     assert description_lines(data.task, found, 4) == [

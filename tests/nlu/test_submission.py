@@ -153,7 +153,7 @@ def test_validation_rows_are_predicted_too_and_each_class_is_reported(own_flags,
     rows = [json.loads(line) for line in (tmp_path / "dev.jsonl").read_text().splitlines()]
     own_flags += ["--test_file", str(tmp_path / "dev.jsonl"), "--on_error", "skip", "--do_predict"]
     assert run_glue.main([*own_flags, "--metric", "macro-f1"]) == 0
-    assert " on train.jsonl: trains " in capsys.readouterr().out  # the console names the file, as tables do
+    assert f" on {tmp_path.name}: trains " in capsys.readouterr().out  # as tables name the data
     record = json.loads((tmp_path / "run/results.json").read_text())
     written = rows_of(tmp_path / "run/predictions/custom_validation.tsv")
     assert [row["label"] for row in written] == [row["rating"] for i, row in enumerate(rows) if i != 3]
