@@ -160,9 +160,9 @@ def range_text(low: float, high: float, form: Callable[[Any], str] = count) -> s
     return form(low) if form(low) == form(high) else f"{form(low)} to {form(high)}"
 
 
-def with_interval(mean: float, low: float, high: float) -> str:
+def with_interval(mean: float, low: float, high: float, digits: int = 2) -> str:
     """A difference and its interval in brackets."""
-    mean, *ends = (number(value, sign=True) for value in (mean, low, high))
+    mean, *ends = (number(value, digits, sign=True) for value in (mean, low, high))
     return mean if pd.isna(low) else f"{mean} ({' to '.join(ends)})"
 
 
