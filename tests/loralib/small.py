@@ -84,9 +84,9 @@ def refused(says=None, model=None):
         assert_unchanged(model, before)
 
 
-def model_to_prune(widths=(3,), r=4, count=3, share_outer=False, seed=0):
-    """``count`` linear layers with random factors of rank ``r``."""
-    return blocks("multiscale", count, (6, 5), std=1.0, seed=seed, r=r, widths=widths, share_outer=share_outer)
+def model_to_prune(widths=(3,), count=3, share_outer=False):
+    """``count`` linear layers with random factors of rank 4."""
+    return blocks("multiscale", count, (6, 5), std=1.0, r=4, widths=widths, share_outer=share_outer)
 
 
 def trainable(model):

@@ -69,16 +69,6 @@ def test_a_refused_injection_changes_nothing():
         loralib.inject(model, "lora2", ["query", "key"])
 
 
-def test_mark_only_lora_as_trainable_and_its_state_dict():
-    model = build("bert")
-    loralib.inject(model, "lora2", ["query", "value"], r=2, k=2)
-    model.requires_grad_(True)
-    loralib.mark_only_lora_as_trainable(model)
-    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable == {n for n, _ in model.named_parameters() if ".lora_" in n} and len(trainable) == 4 * 5
-    assert set(loralib.lora_state_dict(model)) == trainable
-
-
 def test_all_linear_selects_all_but_the_head_and_auto_prefers_the_published_names():
     bert, mpnet = build("bert"), build("mpnet")
     dense = {n for n, m in bert.named_modules() if type(m) is nn.Linear and n != "classifier"}
@@ -99,7 +89,7 @@ def test_all_linear_selects_all_but_the_head_and_auto_prefers_the_published_name
         loralib.inject(nn.Sequential(nn.Linear(2, 2)), "lora2", "all-linear")
 
 
-def test_inject_freezes_all_but_the_factors_and_unfreezes_none():
+def test_inject_freezes_all_but_the_factors_and_only_mark_only_lora_as_trainable_unfreezes_some():
     model = encoder()
     loralib.inject(model, "lora2", ["query"])
     first = loralib.lora_layers(model)["bert.encoder.layer.0.attention.self.query"]
@@ -107,10 +97,16 @@ def test_inject_freezes_all_but_the_factors_and_unfreezes_none():
     loralib.inject(model, "lora", ["value"])
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 5 + 2 * 2 - 1 and all(".lora_" in name for name in trained)
+    loralib.mark_only_lora_as_trainable(model.requires_grad_(True))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == [name for name, _ in model.named_parameters() if ".lora_" in name]
+    assert list(loralib.lora_state_dict(model)) == trained and len(trained) == 2 * 5 + 2 * 2
     assert set(loralib.compact(model).values()) == {8}  # no singular value counts as pruned before it is trained
 
 
-def test_inject_warns_if_share_outer_shares_nothing():
-    model = nn.ModuleDict({name: nn.ModuleDict({"q": nn.Linear(6, 5)}) for name in ("block1", "block2")})
+@pytest.mark.parametrize("names, sizes", [(("block1", "block2"), (5, 5)), (("1", "2"), (5, 7))])
+def test_inject_warns_if_share_outer_shares_nothing(names, sizes):
+    """Layers of other names or other shapes do not share."""
+    model = nn.ModuleDict({n: nn.ModuleDict({"q": nn.Linear(6, out)}) for n, out in zip(names, sizes, strict=True)})
     with pytest.warns(UserWarning, match="share_outer shares nothing"):
         loralib.inject(model, "lora2", ["q"], r=2, share_outer=True)
