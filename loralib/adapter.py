@@ -194,10 +194,14 @@ def _check_tensors(
 ) -> None:
     """Raises ValueError unless the adapter holds the ``needed`` tensors (name -> the model's own, shape) and no others,
     and those that are one in the model are equal."""
-    none = "nothing" if config.groups else "nothing of this name (the adapter's README.md tells how to load it)"
     for name in sorted((tensors.keys() - config.tied.keys()) | needed.keys() | set(config.head)):
         there = tuple(tensors[name].shape) if name in tensors else "nothing"
-        here = needed[name][1] if name in needed else none
+        here = needed[name][1] if name in needed else "nothing"
+        if not config.groups and here == "nothing":
+            raise ValueError(
+                f"the model has no {name}: the adapter's method has modules of its own, which cannot be loaded or "
+                f"merged here (its README.md tells how to use it), or the base is another: {_origin(config)}"
+            )
         if there != here or name not in needed:
             raise ValueError(f"{name}: the adapter holds {there}, the model needs {here}: {_origin(config)}")
     names: dict[int, str] = {}  # id of a tensor of the model -> its first name

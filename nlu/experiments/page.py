@@ -123,8 +123,11 @@ def section(
         scores, sources = with_published(score_frame(runs, against), runs)
         answered, setup = [answer(scores, runs), markdown(score_text(scores))], [f"Measured: {setting(runs)}."]
     undecided = without_rate(row for row, rates in chosen.groupby("row") if not rates.chosen.any())
-    lacking = [*undecided, *not_ended(runs, own.plan), *not_ended(own.tuning, own.tuning_plan, "tuning ")]
-    sentences = [*setup, *lost(runs), *advice(runs), *lacking, *sources]
+    lacking = [*lost(runs), *not_ended(runs, own.plan)]
+    if lacking and len(scores) and scores.difference.notna().any():
+        lacking.append("A difference leaves out the seeds that one of its rows lacks; the scores do not.")
+    lacking += [*undecided, *not_ended(own.tuning, own.tuning_plan, "tuning ")]
+    sentences = [*setup, *advice(runs), *lacking, *sources]
     drawings = {f"figures/{name}_{each.kind}.png": each for each in draw(runs, scores, tried, styles)}
     notes = "\n".join(f"- {markdown_text(each)}" for each in sentences)
     parts = [f"## {markdown_text(name)}", *answered, notes, *figure_text(drawings)]

@@ -26,6 +26,7 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
     whole = scores[scores.task == ALL]
     compared = whole[whole.difference.notna()]
     differ = (compared.low > 0) | (compared.high < 0)
+    least = scores[scores.task != ALL].groupby("row").finished.min()  # seeds of a row's task
     sentences = []
     for row in compared[differ].itertuples():
         which = "higher" if row.difference > 0 else "lower"
@@ -35,7 +36,8 @@ def answer(scores: pd.DataFrame, every: pd.DataFrame) -> str:
             f"{number(low)} to {number(high)})."
         )
     for other, equal in compared[~differ].groupby("against", sort=False):
-        more = "; give more --seeds" if equal.low.isna().any() else ""
+        few = [row for row in equal.row if min(least[row], least[other]) < 2]
+        more = f"; give more seeds{'' if len(few) == len(equal) else ' to ' + ', '.join(few)}" if few else ""
         sentences.append(f"No difference shown between {other} and {', '.join(equal.row)}{more}.")
     if len(lacking := whole[(whole.against != "") & whole.difference.isna()]):
         sentences.append(f"No difference over all tasks for {', '.join(lacking.row)}: runs of a task are missing.")

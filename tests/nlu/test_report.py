@@ -138,10 +138,12 @@ def test_tuning_is_shown_with_its_experiment_and_alone(make):
 def test_failed_runs_are_counted_and_those_without_a_score_are_named(make, tmp_path):
     lost = line("LoRA r=8", "cola", 3, [0.1], training_loss=[0.6] * 20, constant_loss=0.6)
     crashed = line("LoRA r=8", "cola", 4, [0.1], status="failed", error="boom")
-    page = make([line("LoRA r=8", "cola", s, [0.5]) for s in (1, 2)] + [lost, crashed])[1]
+    whole = [line("LoRA r=8", "cola", s, [0.5]) for s in (1, 2)]
+    page = make([*whole, lost, crashed, line("LoRA² k=8", "cola", 1, [0.6])])[1]
     row = scores(tmp_path).set_index(["row", "task"]).loc["LoRA r=8", "cola"]
     assert (row.failed, row.runs, row.finished) == (2, 4, 3) and row.score == pytest.approx(110 / 3)
-    assert "- 1 of 4 runs ended early and have no score: LoRA r=8 on CoLA." in page
+    assert "- 1 of 5 runs ended early and have no score: LoRA r=8 on CoLA.\n- A difference leaves out " in page
+    assert "leaves out" not in make([*whole, lost])[1]
 
 
 def test_experiment_without_a_finished_run_says_so(make, tmp_path):
@@ -179,7 +181,9 @@ def test_answer_names_the_better_method_and_the_difference():
     noisy = {"LoRA r=8": [0.50, 0.40, 0.45], "AdaLoRA": [0.51, 0.42, 0.45], "LoRA² k=8": [0.44, 0.50, 0.46]}
     assert said(noisy).startswith("No difference shown between LoRA r=8 and AdaLoRA, LoRA² k=8.")
     single = {label: own[:1] for label, own in noisy.items()}
-    assert said(single).startswith("No difference shown between LoRA r=8 and AdaLoRA, LoRA² k=8; give more --seeds.")
+    assert said(single).startswith("No difference shown between LoRA r=8 and AdaLoRA, LoRA² k=8; give more seeds.")
+    one = noisy | {"LoRA² k=8": [0.44], "AdaLoRA": noisy["LoRA r=8"]}  # equal scores have no interval either
+    assert "LoRA r=8 and AdaLoRA, LoRA² k=8; give more seeds to LoRA² k=8." in said(one)
     assert said({label: [0.5] * 3 for label in clear}).startswith("All runs score 50.0: the task is too easy, they ")
     lost = {"training_loss": [0.6] * 20, "constant_loss": 0.6}
     assert "3 of 3 runs of LoRA r=8 learned nothing: tune its learning rate" in said(clear, **lost)
