@@ -1,10 +1,7 @@
 """What every method must do: train the parameters that it names and no others, on several encoders and tasks."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -23,7 +20,7 @@ from nlu.methods.registry import METHODS, apply_without_weights, count_parameter
 from nlu.model import set_precision
 from nlu.run_glue import main
 from tests.loralib import small
-from tests.nlu.tiny import DEBERTA_BASE, SHAPES, changed, make_encoder, quick_peft_adalora, read, run_python, tiny_run
+from tests.nlu.tiny import DEBERTA_BASE, SHAPES, changed, make_encoder, quick_peft_adalora, read, run_python
 
 CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs/methods").glob("*.yaml")}
 SIX = r"(attention\.(self\.(query|key|value)(_proj)?|output\.dense)|intermediate\.dense|(?<!attention\.)output\.dense)"
@@ -256,27 +253,6 @@ def test_regulariser_dropout_and_precision_are_those_of_the_flags(base_flags):
     set_precision(arguments, model)
     values = *model.parameters(), model(torch.tensor([[5]])).logits
     assert {(v.requires_grad, v.dtype) for v in values} == {(True, torch.float32), (False, torch.bfloat16)}
-
-
-def test_programs_refuse_wrong_flags_before_importing_torch_and_set_threads_when_they_do():
-    """Idle threads spin only briefly; a wrong command line and the digests of a sweep's runs need no slow import."""
-    look = "import os, sys, nlu.run_glue, nlu.runs.identity; codes = [nlu.run_glue.main(['--method', 'lora3'])]\n"
-    look += "heavy = {'numpy'} & {*sys.modules}\n"
-    look += "import nlu.compare, nlu.report, nlu.sweep\n"
-    look += "codes += [each.main(['--lora3']) for each in (nlu.compare, nlu.report, nlu.sweep)]\n"
-    look += "heavy |= {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib'} & {*sys.modules}\n"
-    look += "print(os.environ.get('GOMP_SPINCOUNT'), codes, heavy)\n"
-    look += "with nlu.startup.quick_imports():\n    print(os.environ['GOMP_SPINCOUNT'])"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    shown = subprocess.run([sys.executable, "-c", look], cwd=ROOT, env=clean, capture_output=True, text=True)
-    assert shown.stdout == "None [2, 2, 2, 2] set()\n20000\n", shown.stderr
-
-
-def test_a_run_imports_neither_peft_nor_the_metrics_libraries_unless_it_uses_them(encoder, tiny_glue, tmp_path):
-    flags = changed(tiny_run(encoder, tiny_glue, tmp_path / "run"), eval_strategy="no", eval_steps=None)
-    flags[flags.index("--do_eval")] = "--method=lora2"
-    blocked = "import sys; sys.modules.update(dict.fromkeys(('peft', 'scipy', 'sklearn', 'matplotlib')))\n"
-    assert run_python("-c", f"{blocked}import nlu.run_glue; sys.exit(nlu.run_glue.main())", *flags).returncode == 0
 
 
 # ---- peft ----------------------------------------------------------------------------------------------------------

@@ -3,19 +3,23 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import loralib
+from nlu import ROOT
 from nlu.command_line import parse_arguments
 from nlu.data.splits import load_data
 from nlu.fine_tuning import build_trainer
 from nlu.run_glue import main
 from nlu.runs.record import RunRecord
 from nlu.tasks import TASKS
-from tests.nlu.tiny import changed, error_line, read
+from tests.nlu.tiny import changed, error_line, read, run_python, tiny_run
 
 
 def test_run_writes_a_complete_record(finished, encoder):
@@ -171,3 +175,24 @@ def test_warm_start_takes_the_factors_and_records_the_source(base_flags, run_fol
     assert (noted["task"], noted["weights_sha256"]) == ("cola", config.weights_sha256)
     for name in (name for name in tensors if name.endswith((".lora_A.0", ".lora_B.0"))):
         torch.testing.assert_close(started[name], tensors[name])
+
+
+def test_programs_refuse_wrong_flags_before_importing_torch_and_set_threads_when_they_do():
+    """Idle threads spin only briefly; a wrong command line and the digests of a sweep's runs need no slow import."""
+    look = "import os, sys, nlu.run_glue, nlu.runs.identity; codes = [nlu.run_glue.main(['--method', 'lora3'])]\n"
+    look += "heavy = {'numpy'} & {*sys.modules}\n"
+    look += "import nlu.compare, nlu.report, nlu.sweep\n"
+    look += "codes += [each.main(['--lora3']) for each in (nlu.compare, nlu.report, nlu.sweep)]\n"
+    look += "heavy |= {'torch', 'transformers', 'datasets', 'pandas', 'matplotlib'} & {*sys.modules}\n"
+    look += "print(os.environ.get('GOMP_SPINCOUNT'), codes, heavy)\n"
+    look += "with nlu.startup.quick_imports():\n    print(os.environ['GOMP_SPINCOUNT'])"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    shown = subprocess.run([sys.executable, "-c", look], cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert shown.stdout == "None [2, 2, 2, 2] set()\n20000\n", shown.stderr
+
+
+def test_a_run_imports_neither_peft_nor_the_metrics_libraries_unless_it_uses_them(encoder, tiny_glue, tmp_path):
+    flags = changed(tiny_run(encoder, tiny_glue, tmp_path / "run"), eval_strategy="no", eval_steps=None)
+    flags[flags.index("--do_eval")] = "--method=lora2"
+    blocked = "import sys; sys.modules.update(dict.fromkeys(('peft', 'scipy', 'sklearn', 'matplotlib')))\n"
+    assert run_python("-c", f"{blocked}import nlu.run_glue; sys.exit(nlu.run_glue.main())", *flags).returncode == 0
