@@ -146,7 +146,7 @@ DATA_FLAGS = (
     Flag("encoding", str, "utf-8", "Text encoding of your own CSV, TSV and JSON files."),
     Flag("label_column", str, "label", "Label column of your own files."),
     Flag("on_error", ("stop", "skip"), "stop", "What to do with a row of your own files that is malformed or has an "
-         "empty text or label: stop, or skip up to ten such rows (in long files, a tenth of the rows)."),
+         "empty text or label: stop, or skip such rows, up to ten or a tenth of those read so far."),
     Flag("metric", tuple(METRICS), None,
          "Main metric for your own data; f1 is that of the second of the two sorted classes. Default: accuracy; "
          "pearson for regression."),
@@ -207,7 +207,7 @@ TRAINING_FLAGS = (
          "Stop after this many evaluations without a better main metric.", AT_LEAST_1),
     Flag("save_strategy", _INTERVALS, "steps", "When to write a checkpoint."),
     Flag("save_steps", int, 500, "Steps between two checkpoints.", AT_LEAST_1),
-    Flag("save_total_limit", int, 2, "Number of checkpoints to keep.", AT_LEAST_1),
+    Flag("save_total_limit", int, 2, "Number of checkpoints to keep; the best one is kept too.", AT_LEAST_1),
     Flag("load_best_model_at_end", bool, False,
          "Use the weights of the best evaluation instead of the last ones. Every evaluation then saves a checkpoint."),
     Flag("logging_strategy", _INTERVALS, "steps", "When to log the loss."),

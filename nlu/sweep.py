@@ -50,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="runs at once (default: one for each device, and one without)")  # fmt: skip
     add("--gpus_per_run", type=positive_int, default=1, metavar="N",
         help="devices of a run, with torchrun in --command (1)")  # fmt: skip
-    add("--only", metavar="REGEX", help="only runs whose name matches")
+    add("--only", metavar="REGEX",
+        help="only runs whose name matches; their rows are tuned on all tasks that get one rate")  # fmt: skip
     add("--dry_run", action="store_true", help="print each run's state and command, start nothing")
     add("--rerun_changed", action="store_true",
         help="repeat, from the start, the runs of this file made with other arguments or contents")  # fmt: skip
@@ -75,11 +76,12 @@ def main(words: Sequence[str]) -> int:
     experiment = load_experiment(args.experiment, dict(args.set))
     if args.only is not None:
         experiment = replace(experiment, runs=_only(experiment.runs, args.only))
-    check(experiment.runs)
+    check(experiment.needed)
     print(f"{experiment.name}: {experiment.description or 'no description'}")
-    for warning in unlike_scales(experiment.runs):
+    asked = [run for run in experiment.runs if run.asked]
+    for warning in unlike_scales(asked):
         print(f"warning: {warning}", file=sys.stderr)
-    launcher = Launcher(args.jobs, args.gpus_per_run, all(run.arguments.get("use_cpu") for run in experiment.runs))
+    launcher = Launcher(args.jobs, args.gpus_per_run, all(run.arguments.get("use_cpu") for run in asked))
     print(f"devices: {launcher}")
     if args.dry_run:
         _show(args, experiment)
@@ -110,9 +112,10 @@ def _show(args: argparse.Namespace, experiment: Experiment) -> None:
     _, finals, _ = choose(experiment, show)
     show(finals)
     for run in finals.runs:
-        if run.rates:
+        if run.rates and run.asked:
             texts[run.name] = f"{'waits':<10}{run.name}\n    until its tuning has chosen a learning rate"
-    print("\n".join([*texts.values(), cost_table(tuning_runs(experiment), experiment.runs, args.gpus_per_run)]))
+    tuning, finals = ([run for run in runs if run.asked] for runs in (tuning_runs(experiment), experiment.runs))
+    print("\n".join([*texts.values(), cost_table(tuning, finals, args.gpus_per_run)]))
 
 
 def check(runs: list[Run]) -> None:
@@ -136,13 +139,13 @@ def check(runs: list[Run]) -> None:
 
 
 def _only(runs: list[Run], only: str) -> list[Run]:
-    """The runs whose names match."""
+    """The runs, of which those whose names match are asked for."""
     try:
         pattern = re.compile(only)
     except re.error as error:
         raise UsageError(f"--only {only} is not a regular expression: {error}") from None
-    matching = [run for run in runs if pattern.search(run.name)]
-    if not matching:
+    matching = [replace(run, asked=bool(pattern.search(run.name))) for run in runs]
+    if not any(run.asked for run in matching):
         raise UsageError(f"--only {only} matches no run; --dry_run lists their names")
     return matching
 

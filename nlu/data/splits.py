@@ -97,7 +97,8 @@ def _hold_out(task: Task, train: Dataset, fraction: float, seed: int) -> Rows:
         why = reason(error)
         if own_classes:
             number, rows = Counter(train["label"]).most_common()[-1]
-            why += f" (the rarest class, {task.labels[number]!r}, has {rows}): leave rare classes out"
+            if rows < 2:
+                why += f" (the rarest class, {task.labels[number]!r}, has {rows}): leave rare classes out"
         advice = "choose another fraction, or give --validation_file"
         raise UsageError(f"--holdout_fraction {fraction}: {why}, {advice}") from None
     return {"train": parts["train"], task.validation_splits[0]: parts["test"]}

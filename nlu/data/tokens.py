@@ -81,7 +81,7 @@ def description_lines(task: Task, counts: dict[str, dict[str, Any]], max_seq_len
         line = f"{split}: {of['rows']:,} rows"
         if "classes" in of:
             line += f" ({shown(of['classes'])[1:-1]})"
-        if task.name not in TASKS and task.is_regression:
+        if task.name not in TASKS and task.is_regression and of["hidden"] < of["rows"]:
             line += " of a regression: labels have a decimal point"
         line += f", not scored: {of['hidden']:,} have no label" if 0 < of["hidden"] < of["rows"] else ""
         line += f", {of['skipped']:,} bad and left out" if of["skipped"] else ""

@@ -55,6 +55,7 @@ class Run:
     axes: dict[str, Any]  # grid axis → label
     arguments: dict[str, Any]
     rates: tuple[float, ...] = ()  # the learning rates to try; none: it has its rate
+    asked: bool = True  # whether to make it; the others are only a part of the plan
 
     @property
     def flags(self) -> list[str]:
@@ -111,13 +112,20 @@ class Experiment:
 
     def row(self, run: Run) -> str:
         """What gets one learning rate, for the run or the runs that try rates: its row, or its row on its task."""
-        row, per_task = row_of(run.label), self.tune is not None and self.tune.one_rate_for == "row_and_task"
+        row = row_of(run.label) if "learning_rate" in run.axes else run.label
+        per_task = self.tune is not None and self.tune.one_rate_for == "row_and_task"
         return f"{row} on {heading(run.task)}" if per_task else row
 
     @property
     def plan(self) -> dict[str, str]:
         """Name of a run → its :meth:`row`."""
         return {run.name: self.row(run) for run in self.runs}
+
+    @property
+    def needed(self) -> list[Run]:
+        """The runs that are asked for, and those with which they share a learning rate that is tuned."""
+        rows = {self.row(run) for run in self.runs if run.asked}
+        return [run for run in self.runs if run.asked or (run.rates and self.row(run) in rows)]
 
 
 def load_experiment(path: Path, settings: dict[str, Any] | None = None) -> Experiment:
@@ -167,12 +175,13 @@ def make_experiment(
         axes = dict(zip(choices, labels, strict=True))
         if any(_matches(when, axes, choices) for when in exclude or []):
             continue
-        arguments = {"do_train": True, "do_eval": True} | (base or {}) | _of_labels(axes, choices)
+        own = _of_labels(axes, choices)
         for rule in overrides or []:
-            arguments |= _override(axes, choices, **rule)
-        arguments |= settings
+            own |= _override(axes, choices, **rule)
+        own |= settings
+        arguments = {"do_train": True, "do_eval": True} | (base or {}) | own
         if rates := tuning.rates(axes, choices) if tuning else ():
-            if "learning_rate" in {*choices, *settings} or arguments.get("holdout_fraction"):
+            if "learning_rate" in own or arguments.get("holdout_fraction"):
                 raise UsageError("tune sets learning_rate and holdout_fraction itself: leave them out elsewhere")
             arguments |= {"learning_rate": rates[0]}
         for flag in ("method", "seed"):  # a default is no label

@@ -16,7 +16,7 @@ from loralib.files import locked, write_json, write_text
 from nlu.command_line import DEFAULTS
 from nlu.errors import UsageError, one_line
 from nlu.experiments.experiment import Run
-from nlu.experiments.names import label_of, portable, row_of, task_of
+from nlu.experiments.names import label_of, portable, task_of
 from nlu.json_yaml import read_json
 from nlu.runs.identity import PLACES
 
@@ -97,7 +97,7 @@ def write_plan(path: Path, plan: Mapping[str, str]) -> None:
 def read_plan(path: Path) -> dict[str, str]:
     """What :func:`write_plan` wrote beside a file of lines; empty if there is no plan."""
     plan = read_json(path.with_suffix(".plan.json")) or {"runs": []}
-    return {run["run"]: row_of(run["label"]) for run in plan["runs"]}
+    return {run["run"]: run["label"] for run in plan["runs"]}
 
 
 def write_line(path: Path, run: str, line: dict[str, Any] | None) -> None:

@@ -14,7 +14,7 @@ from nlu.errors import UsageError
 from nlu.experiments.experiment import Experiment
 from nlu.experiments.figures import Drawing, Styles, draw, styles_of
 from nlu.experiments.lines import read_plan
-from nlu.experiments.sentences import advice, answer, lost, not_ended, without_rate
+from nlu.experiments.sentences import advice, answer, lost, not_ended, unpaired, without_rate
 from nlu.experiments.statistics import as_frame, finished, load_measured, references
 from nlu.experiments.tables import (
     as_csv,
@@ -56,17 +56,20 @@ def experiments(folder: Path, only: Experiment | None = None) -> dict[str, Measu
     Raises:
         UsageError: as :func:`~nlu.experiments.statistics.load_measured`.
     """
-    runs, none = load_measured(folder), as_frame([])
+    plans = None
+    if only:
+        plans = {only.name: only.plan}
+        if only.tune:
+            plans[f"{only.name}_tuning"] = read_plan(folder / f"{only.name}_tuning.jsonl")
+    runs, none = load_measured(folder, plans), as_frame([])
     tunings = {name for name, own in runs.items() if name.endswith("_tuning") and own.held_out.all()}
     names = dict.fromkeys(name.removesuffix("_tuning") if name in tunings else name for name in runs)
     found = {}
     for name in [only.name] if only else names:
         own, tuning = runs.get(name, none), runs[f"{name}_tuning"] if f"{name}_tuning" in tunings else none
         plan, tuning_plan = (read_plan(folder / f"{each}.jsonl") for each in (name, f"{name}_tuning"))
-        if only:
-            own = own[own.run.isin(only.plan)]
         if only and not only.tune:
-            tuning, tuning_plan = none, {}
+            tuning_plan = {}
         if tuning_plan:  # an earlier grid may have left lines of other runs
             tuning = tuning[tuning.run.isin(tuning_plan)]
         found[name] = Measured(own, tuning, plan, tuning_plan)
@@ -123,11 +126,8 @@ def section(
         scores, sources = with_published(score_frame(runs, against), runs)
         answered, setup = [answer(scores, runs), markdown(score_text(scores))], [f"Measured: {setting(runs)}."]
     undecided = without_rate(row for row, rates in chosen.groupby("row") if not rates.chosen.any())
-    lacking = [*lost(runs), *not_ended(runs, own.plan)]
-    if lacking and len(scores) and scores.difference.notna().any():
-        lacking.append("A difference leaves out the seeds that one of its rows lacks; the scores do not.")
-    lacking += [*undecided, *not_ended(own.tuning, own.tuning_plan, "tuning ")]
-    sentences = [*setup, *advice(runs), *lacking, *sources]
+    lacking = [*undecided, *not_ended(runs, own.plan), *not_ended(own.tuning, own.tuning_plan, "tuning ")]
+    sentences = [*setup, *lost(runs), *unpaired(scores, runs), *advice(runs), *lacking, *sources]
     drawings = {f"figures/{name}_{each.kind}.png": each for each in draw(runs, scores, tried, styles)}
     notes = "\n".join(f"- {markdown_text(each)}" for each in sentences)
     parts = [f"## {markdown_text(name)}", *answered, notes, *figure_text(drawings)]

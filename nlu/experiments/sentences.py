@@ -64,6 +64,22 @@ def lost(every: pd.DataFrame) -> list[str]:
     return [f"{len(runs)} of {len(every)} runs ended early and have no score: {'; '.join(named)}."] if named else []
 
 
+def unpaired(scores: pd.DataFrame, every: pd.DataFrame) -> list[str]:
+    """A sentence about the rows whose difference is over fewer runs than their score or their reference's.
+
+    Args:
+        scores: see :func:`~nlu.experiments.tables.score_frame`; empty if no run has finished.
+    """
+    if not len(scores):
+        return []
+    groups = finished(every).groupby("label")[["task", "seed", "data"]]
+    seeds = {label: {*own.itertuples(index=False, name=None)} for label, own in groups}
+    compared = scores[(scores.task == ALL) & scores.difference.notna()]
+    named = [row.row for row in compared.itertuples() if seeds[row.row] != seeds[row.against]]
+    what = "the difference is over the seeds that the row and its reference both have, the score over all"
+    return [f"{', '.join(named)}: {what}."] if named else []
+
+
 def not_ended(every: pd.DataFrame, plan: Mapping[str, str], kind: str = "") -> list[str]:
     """A sentence about the planned runs that have no line.
 

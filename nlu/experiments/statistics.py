@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,11 @@ _FIGURES = [
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 
-def load_measured(folder: Path) -> dict[str, pd.DataFrame]:
+def load_measured(folder: Path, only: Mapping[str, Collection[str]] | None = None) -> dict[str, pd.DataFrame]:
     """The measured experiments of a folder by name, each as :func:`as_frame` makes it.
+
+    Args:
+        only: experiment → the names of the runs to return; other files are not read.
 
     Raises:
         UsageError: no such folder, a damaged line, or one run twice.
@@ -48,9 +51,10 @@ def load_measured(folder: Path) -> dict[str, pd.DataFrame]:
         raise UsageError(f"{folder}: there is no such folder; name the sweep's --measured_dir")
     measured = {}
     for path in sorted(folder.glob("*.jsonl")):
-        if lines := read_lines(path):
+        lines = read_lines(path) if only is None or path.stem in only else {}
+        if kept := [line for run, line in lines.items() if only is None or run in only[path.stem]]:
             try:
-                measured[path.stem] = as_frame(lines.values())
+                measured[path.stem] = as_frame(kept)
             except UsageError as error:
                 raise UsageError(f"{path}: {error}") from None
     return measured

@@ -36,7 +36,8 @@ class Sweep:
 
     def __init__(self, experiment: Experiment, measured_dir: Path, output_dir: Path, command: list[str]) -> None:
         self.experiment, self.command = experiment, command
-        self.runs = [run for run in experiment.runs if not run.rates]  # the others wait for a learning rate
+        # Those with rates wait for one of them.
+        self.runs = [run for run in experiment.runs if run.asked and not run.rates]
         self.measured, self.folder = measured_dir / f"{experiment.name}.jsonl", output_dir / experiment.name
         self.finished: list[str] = []  # names of the runs that finished now
         self.failures: dict[str, str] = {}  # name of a run → why it failed

@@ -37,9 +37,9 @@ def tuning_runs(experiment: Experiment, grids: Grids | None = None) -> list[Run]
     for run in experiment.runs:
         if run.rates:
             cells.setdefault((run.label, run.task), run)
-    grids = grids or _first_grids(experiment)
+    grids, needed = grids or _first_grids(experiment), {run.name for run in experiment.needed}
     return [
-        _tuning_run(experiment.tune, cell, rate, seed)
+        replace(_tuning_run(experiment.tune, cell, rate, seed), asked=cell.name in needed)
         for cell in cells.values()
         for rate in grids[experiment.row(cell)]
         for seed in experiment.tune.seeds
@@ -78,9 +78,9 @@ def choose(experiment: Experiment, run_all: Callable[[Experiment], Ran]) -> tupl
         The exit code of the runs; the experiment with the chosen rates, in which runs without one still have `rates`;
         and the table of :func:`tuning_frame`.
     """
-    grids = _first_grids(experiment)
-    if not grids:
+    if not any(run.rates for run in experiment.needed):
         return 0, experiment, pd.DataFrame()
+    grids = _first_grids(experiment)
     for left in reversed(range(experiment.tune.extend + 1)):
         part = Experiment(f"{experiment.name}_tuning", tuning_runs(experiment, grids), tune=experiment.tune)
         code, found = run_all(part)
@@ -110,11 +110,12 @@ def tune_and_run(experiment: Experiment, run_all: Callable[[Experiment], Ran]) -
     code, experiment, table = choose(experiment, run_all)
     if code > 1:  # stopped
         return code
-    for row, own in table.groupby("row") if len(table) else ():
+    asked = {experiment.row(run) for run in experiment.runs if run.asked}
+    for row, own in table[table.row.isin(asked)].groupby("row") if len(table) else ():
         marks = [f" ({mark})" if mark else "" for mark in _marks(own)]
         rates = [f"{rate:g}{mark}" for rate, mark in zip(own.value, marks, strict=True)]
         print(f"tuning: {row}: learning rate {', '.join(rates)}")
-    waiting = without_rate(experiment.row(run) for run in experiment.runs if run.rates)
+    waiting = without_rate(experiment.row(run) for run in experiment.runs if run.rates and run.asked)
     print("".join(f"tuning: {sentence}\n" for sentence in waiting), end="")
     return max(code, len(waiting), run_all(experiment)[0])
 

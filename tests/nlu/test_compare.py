@@ -48,6 +48,16 @@ def test_every_method_has_runs_and_a_row_and_the_same_command_repeats_nothing(ca
     assert list(figures.scale) == [4] * 6  # for the task and for all tasks
 
 
+def test_lines_of_other_runs_and_experiments_neither_rename_a_row_nor_stop_the_report(call, tmp_path):
+    """Those of seeds that are no longer asked for have another clipping; somebody else's file is damaged."""
+    other = "lora:lora_r=4:lora_alpha=8"
+    flags = ["--methods", f"lora,{other}", "--learning_rate", "1e-3"]
+    assert call(*flags, "--seeds", "2")[0] == 0
+    (tmp_path / "measured/minilm.jsonl").write_text("{")
+    code, out, _ = call(*flags, "--seeds", "1", "--max_grad_norm", "2", "--rerun_changed", "--reference", other)
+    assert code == 0 and "minus LoRA, lora_r=4, lora_alpha=8 (95 %" in out and "max_grad_norm" not in out
+
+
 def test_method_whose_runs_failed_has_no_score_and_the_exit_code_is_1(call, tmp_path):
     methods = "lora2:lora_alpha=64,lora:weight_decay=1"
     code, out, err = call("--methods", methods, "--seeds", "2", "--learning_rate", "1e-3")
@@ -108,6 +118,8 @@ def planned(words):
 def test_plan_splits_methods_and_their_flags_and_evaluates_every_eval_steps_if_they_are_given():
     methods = "lora2:lora_k=match:lora:lora_r=4,lora:lora_module=query,value,full"
     _, rows = planned(f"--methods {methods} --task_name cola --model_name_or_path base --eval_steps 5")
+    own_rate, _ = planned("--methods lora:learning_rate=1e-3 --task_name cola --seeds 1")
+    assert [*own_rate.plan.values()] == ["LoRA, learning_rate=1e-3"]  # its row in the tables
     assert list(rows) == ["lora2:lora_k=match:lora:lora_r=4", "lora:lora_module=query,value", "full"]
     expected = {"method": "lora2", "lora_k": "match:lora", "lora_r": 4, "eval_strategy": "steps"}
     own, other = (run.arguments for run in [*rows.values()][:2])

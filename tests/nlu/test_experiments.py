@@ -70,6 +70,7 @@ def test_published_tables_name_existing_methods():
         }
 
 
+RATES = {"tune": {"learning_rate": [1e-3]}}
 TWO = {"a": {"x": {"lora_r": 4}}, "b": {"y": {"lora_r": 2}}}
 
 
@@ -88,6 +89,8 @@ def test_faulty_settings_are_refused(tmp_path):
         ({"overrides": [{"when": {"method": "lora"}, "set": {"seed": 3}}]}, "seed is set by grid.seed; do not set"),
         ({"overrides": [{"when": {"method": "lora"}, "set": ["ab"]}]}, "the format is explained"),
         ({"exclude": [{"seed": [1, 2]}]}, "no run is left"),
+        (RATES | {"grid": {**BASIC["grid"], "a": {"x": {"learning_rate": 0.05}}}}, "tune sets learning_rate and"),
+        (RATES | {"overrides": [{"when": {"task_name": "rte"}, "set": {"learning_rate": 0.05}}]}, "tune sets learning"),
         ({"base": BASIC["base"] | {"do_eval": False}}, "without do_eval a run has no score: leave it out"),
         ({"grid": {**BASIC["grid"], **TWO}}, "which another axis sets"),
         ({"grid": {**BASIC["grid"], "orth_terms": ["uv", "UV"]}}, "share the folder"),

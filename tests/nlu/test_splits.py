@@ -45,7 +45,7 @@ def test_held_out_rows_of_own_files_are_stratified_by_class(tmp_path):
 
 @pytest.mark.parametrize(
     "labels, fraction, why",
-    [("aab", 0.4, "the rarest class, 'b', has 1"), ("aabbcc" * 2, 0.1, "equal to the number of classes = 3")],
+    [("aab", 0.4, "the rarest class, 'b', has 1"), ("aabbcc" * 2, 0.1, "the number of classes = 3, choose another")],
 )
 def test_a_class_too_rare_to_hold_out_is_named_with_a_way_out(tmp_path, labels, fraction, why):
     write_rows(tmp_path / "all.csv", [{"text": f"row {i}", "label": label} for i, label in enumerate(labels)])

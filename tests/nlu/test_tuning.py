@@ -5,6 +5,7 @@ import re
 import pandas as pd
 import pytest
 
+from nlu.experiments.lines import read_plan, write_line
 from nlu.experiments.statistics import as_frame
 from nlu.experiments.tuning import beyond, choose_rates, tuning_frame
 from tests.nlu.measured_lines import line
@@ -117,6 +118,21 @@ def test_a_dry_run_shows_states_and_what_the_experiment_costs(run_sweep, tmp_pat
         ["in total", "10", "152", "4,864"],
     ]
     assert not (tmp_path / "output").exists() and not (tmp_path / "measured").exists()
+
+
+def test_runs_chosen_by_only_have_the_rate_of_all_tasks_that_share_it_and_the_plan_stays_whole(run_sweep, tmp_path):
+    content = TRIAL | {"tune": TUNE | {"extend": 0}}
+    assert run_sweep(content, "--only", "lora-cola")[0] == 0
+    assert {*rates_of(lines_of(tmp_path, "trial_tuning"))} == {("lora", "cola"), ("lora", "rte")}
+    assert rates_of(lines_of(tmp_path)) == {("lora", "cola"): 1e-3}
+    assert len(read_plan(tmp_path / "measured/trial.jsonl")) == 12
+    assert run_sweep(content)[0] == 0
+    name, tuned = "lora-cola-learning_rate=0.0005-seed=101", lines_of(tmp_path, "trial_tuning")
+    best = tuned[name.replace("0.0005", "0.001")]["last"] + 1e-4  # of CoLA alone, by less than on RTE
+    changed = tuned[name] | {"last": best, "evaluations": {"step": [10], "loss": [0.5], "accuracy": [best]}}
+    write_line(tmp_path / "measured/trial_tuning.jsonl", name, changed)
+    for flags in ([], ["--only", "lora-cola"]):
+        assert run_sweep(content, *flags)[1].count("0 run(s) finished now, 0 failed") == 2
 
 
 def test_a_changed_grid_or_rule_is_refused_only_where_it_changes_a_rate(run_sweep, tmp_path):
