@@ -181,10 +181,8 @@ def _fitting_layers(model: nn.Module, config: AdapterConfig, tensors: Mapping[st
     for name, group in config.modules.items():
         layer = layers[name]
         if group.r != layer.initial_r or len(group.rank_pattern[name]) > layer.r:
-            raise ValueError(
-                f"{name} has rank {layer.initial_r} (now {layer.r}) in the model, {group.r} in the adapter: "
-                f"{_origin(config)}"
-            )
+            here = f"{layer.initial_r} (now {layer.r})"
+            raise ValueError(f"{name}: rank {group.r} in the adapter, {here} in the model: {_origin(config)}")
         for factor, parameter, values in _live_factors(name, layer, group.live(name)):
             if factor not in config.head:
                 needed[factor] = parameter, tuple(values.shape)

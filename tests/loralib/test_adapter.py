@@ -156,7 +156,7 @@ def test_warm_start_keeps_the_update_under_another_lora_alpha(tmp_path, kind, op
 
 @pytest.mark.parametrize("model, layers, says", [
     (Net(labels=1), {"k": 2, "target_modules": ["q"]}, "other modules than the model"),
-    (Net(labels=1), {"k": 2, "r": 4}, r"has rank 4.* lora2 \(r=3"),
+    (Net(labels=1), {"k": 2, "r": 4}, r"rank 3 in the adapter, 4 .* lora2 \(r=3"),
     (Net(labels=1), {"k": 3}, r"the model needs .* lora2 \(r=3, widths=\[2\]\)"),
     (Net(labels=1), {"kind": "adalora"}, "the model needs"),
     (Net(labels=1), {"k": 2, "share_outer": True}, "leave share_outer out"),

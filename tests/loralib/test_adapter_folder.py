@@ -76,7 +76,7 @@ FORGED = {
         lambda c, t: c["groups"][0].update(r=10**9, rank_pattern={"layers.0.q": "0"}), "layers.0.q is beyond 1024"
     ),
     "an unknown kind": (lambda c, t: c["groups"][0].update(kind="x"), "kind must be one of"),
-    "fewer values than the weights": (lambda c, t: c["groups"][0].update(r=2), "has rank 2"),
+    "fewer values than the weights": (lambda c, t: c["groups"][0].update(r=2), "rank 2 in the adapter"),
     "a tie to another shape": (
         lambda c, t: c["tied"].update({"layers.1.q.lora_B.0": "layers.0.v.lora_B.0"}), "the model needs"
     ),
