@@ -122,9 +122,14 @@ class Experiment:
         return {run.name: self.row(run) for run in self.runs}
 
     @property
+    def asked_rows(self) -> set[str]:
+        """:meth:`row` of each run that is asked for."""
+        return {self.row(run) for run in self.runs if run.asked}
+
+    @property
     def needed(self) -> list[Run]:
         """The runs that are asked for, and those with which they share a learning rate that is tuned."""
-        rows = {self.row(run) for run in self.runs if run.asked}
+        rows = self.asked_rows
         return [run for run in self.runs if run.asked or (run.rates and self.row(run) in rows)]
 
 

@@ -67,9 +67,8 @@ def experiments(folder: Path, only: Experiment | None = None) -> dict[str, Measu
     found = {}
     for name in [only.name] if only else names:
         own, tuning = runs.get(name, none), runs[f"{name}_tuning"] if f"{name}_tuning" in tunings else none
-        plan, tuning_plan = (read_plan(folder / f"{each}.jsonl") for each in (name, f"{name}_tuning"))
-        if only and not only.tune:
-            tuning_plan = {}
+        both = name, f"{name}_tuning"
+        plan, tuning_plan = (plans.get(each, {}) if plans else read_plan(folder / f"{each}.jsonl") for each in both)
         if tuning_plan:  # an earlier grid may have left lines of other runs
             tuning = tuning[tuning.run.isin(tuning_plan)]
         found[name] = Measured(own, tuning, plan, tuning_plan)

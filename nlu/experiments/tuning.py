@@ -37,9 +37,9 @@ def tuning_runs(experiment: Experiment, grids: Grids | None = None) -> list[Run]
     for run in experiment.runs:
         if run.rates:
             cells.setdefault((run.label, run.task), run)
-    grids, needed = grids or _first_grids(experiment), {run.name for run in experiment.needed}
+    grids, rows = grids or _first_grids(experiment), experiment.asked_rows
     return [
-        replace(_tuning_run(experiment.tune, cell, rate, seed), asked=cell.name in needed)
+        replace(_tuning_run(experiment.tune, cell, rate, seed), asked=experiment.row(cell) in rows)
         for cell in cells.values()
         for rate in grids[experiment.row(cell)]
         for seed in experiment.tune.seeds
@@ -110,8 +110,7 @@ def tune_and_run(experiment: Experiment, run_all: Callable[[Experiment], Ran]) -
     code, experiment, table = choose(experiment, run_all)
     if code > 1:  # stopped
         return code
-    asked = {experiment.row(run) for run in experiment.runs if run.asked}
-    for row, own in table[table.row.isin(asked)].groupby("row") if len(table) else ():
+    for row, own in table[table.row.isin(experiment.asked_rows)].groupby("row") if len(table) else ():
         marks = [f" ({mark})" if mark else "" for mark in _marks(own)]
         rates = [f"{rate:g}{mark}" for rate, mark in zip(own.value, marks, strict=True)]
         print(f"tuning: {row}: learning rate {', '.join(rates)}")

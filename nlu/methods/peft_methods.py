@@ -78,15 +78,12 @@ def make_peft_config(values: dict[str, Any], total_steps: int) -> Any:
         options |= {"inference_mode": False, "task_type": None}
         if kind == peft.PeftType.ADALORA:
             options["total_step"] = total_steps or _LONG
-            warmups = [options.get(name) or 0 for name in ("tinit", "tfinal")]
-            if sum(warmups) >= options["total_step"]:
-                raise ValueError(f"tinit + tfinal = {sum(warmups)} leaves no step to prune in: the training has "
-                                 f"{total_steps}; train longer, or lower them")  # fmt: skip
         config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options)
         if config.is_prompt_learning or not hasattr(config, "target_modules"):
             raise ValueError(f"{kind.value} changes the input, not layers; name a method that changes layers")
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"peft config of {values.get('peft_type')}: {reason(error)}") from None
+        length = f" (total_step is the training's, {total_steps})" if "total_step" in str(error) else ""
+        raise UsageError(f"peft config of {values.get('peft_type')}: {reason(error)}{length}") from None
     return config
 
 

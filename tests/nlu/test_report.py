@@ -142,13 +142,10 @@ def test_failed_runs_are_counted_and_those_without_a_score_are_named(make, tmp_p
     page = make([*whole, lost, crashed, line("LoRA² k=8", "cola", 1, [0.6])])[1]
     row = scores(tmp_path).set_index(["row", "task"]).loc["LoRA r=8", "cola"]
     assert (row.failed, row.runs, row.finished) == (2, 4, 3) and row.score == pytest.approx(110 / 3)
-    assert (
-        "- 1 of 5 runs ended early and have no score: LoRA r=8 on CoLA.\n- LoRA² k=8: the difference is over " in page
-    )
-    assert (
-        "is over the seeds"
-        not in make([*whole, *(each | {"label": "b", "run": each["run"] + "b"} for each in whole)])[1]
-    )
+    ended = "- 1 of 5 runs ended early and have no score: LoRA r=8 on CoLA.\n"
+    assert f"{ended}- LoRA² k=8: the difference is over " in page
+    equal = [each | {"label": "b", "run": each["run"] + "b"} for each in whole]
+    assert "is over the seeds" not in make([*whole, *equal])[1]
 
 
 def test_experiment_without_a_finished_run_says_so(make, tmp_path):
