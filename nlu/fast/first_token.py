@@ -37,7 +37,8 @@ class _FirstToken:
 
 def _cut(attention: nn.Module, args: tuple, output: tuple) -> tuple:
     """The first token (B, 1, hidden) of the attention's output, and what else it returns."""
-    return (output[0][:, :1], *output[1:])
+    # Contiguous: for a view, torch computes a frozen layer's product one by one, with a copy of its weights for each.
+    return (output[0][:, :1].contiguous(), *output[1:])
 
 
 def enable_first_token(model: nn.Module) -> bool:

@@ -212,6 +212,17 @@ def test_direct_call_of_the_encoder_gives_the_whole_sequence(kind):
     assert model.base_model(**asked).last_hidden_state.shape[1] == 11
 
 
+@every_kind
+def test_first_token_copies_no_weights_of_frozen_layers(kind):
+    """As torch does if the input of a frozen linear layer is a view."""
+    model = fast_copy(build(kind, intermediate_size=40), "first token").requires_grad_(False)
+    embeddings = model.get_input_embeddings()(batch()["input_ids"]).requires_grad_()
+    with torch.profiler.profile(record_shapes=True) as profile:
+        model(inputs_embeds=embeddings).logits.sum().backward()
+    products = [shapes for event in profile.events() if event.name == "aten::bmm" for shapes in event.input_shapes]
+    assert not [shape for shape in products if 40 in shape]
+
+
 # ---- dropout --------------------------------------------------------------------------------------------------------
 
 
