@@ -2,10 +2,11 @@
 
 A row is a method of configs/methods/ as nlu/run_glue.py trains it; `peft` is peft's LoRA r = 8 on transformers' own
 attention; `limit` the frozen layers' matrix products alone. METHOD-stock switches the techniques of nlu/fast off,
-METHOD-TECHNIQUE one of them. Each row is a process of its own. They take turns in an order that changes each round, so
-that other load on the machine affects all alike, and the medians are compared. Weights are random at the encoders' real
-sizes, so nothing is downloaded. The table is printed, and written with machine and versions to benchmarks/results/: a
-line of records.jsonl and a section of README.md.
+METHOD-TECHNIQUE one of them. Each row is a process of its own, started afresh every 8 rounds: where its memory lies
+changes a step's time by up to 4 %. They take turns in an order that changes each round, so that other load on the
+machine affects all alike, and the medians are compared. Weights are random at the encoders' real sizes, so nothing is
+downloaded. The table is printed, and written with machine and versions to benchmarks/results/: a line of records.jsonl
+and a section of README.md.
 
     python benchmarks/run.py                                    # every shape of LoRA² against LoRA and peft's LoRA
     python benchmarks/run.py --encoders deberta:2 --rounds 3    # under 3 minutes on 2 cores
@@ -23,9 +24,10 @@ import random
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,7 @@ from nlu.runs.machine import now, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")
+ROUNDS_OF_A_PROCESS = 8
 ROWS = "peft,lora,lora2,lora2_k1,lora2_plus,lora2_shared,lora2_shared_small"
 
 
@@ -124,20 +127,38 @@ def ask(workers: dict[str, ProcessPoolExecutor], name: str, call: Callable[..., 
         raise RuntimeError(f"{name}: {error}") from error
 
 
-def measure(workers: dict[str, ProcessPoolExecutor], setting: str, shape: Shape, rounds: int) -> list[Measurement]:
-    """Time the steps of every row in turn, after a warm-up round."""
-    names = list(workers)
+def measure(measured: dict[str, Row], setting: str, shape: Shape, rounds: int, threads: int) -> list[Measurement]:
+    """Time the steps of every row in turn, after a warm-up round in each process."""
+    names = list(measured)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name in tqdm(names, desc=f"build: {setting}", leave=False):
-        ask(workers, name, rows.prepare, shape)
-    for turn in tqdm(range(rounds + 1), desc=setting, leave=False):
-        # In another order each time: a row runs with the caches and memory that the one before it left.
-        for name in random.Random(turn).sample(names, len(names)):
-            took = ask(workers, name, rows.seconds)
-            if turn > 0:
-                seconds[name].append(took)
-    facts = {name: ask(workers, name, rows.what_is_left) for name in names}
+    facts: dict[str, dict[str, Any]] = {}
+    progress = tqdm(total=rounds, desc=setting, leave=False)
+    for start in range(0, rounds, ROUNDS_OF_A_PROCESS):
+        with processes(measured, threads) as workers:
+            for name in tqdm(names, desc=f"build: {setting}", leave=False):
+                ask(workers, name, rows.prepare, shape)
+            for turn in range(start, min(start + ROUNDS_OF_A_PROCESS, rounds) + 1):
+                # In another order each time: a row runs with the caches and memory that the one before it left.
+                for name in random.Random(turn).sample(names, len(names)):
+                    took = ask(workers, name, rows.seconds)
+                    if turn > start:
+                        seconds[name].append(took)
+                progress.update(turn > start)
+            facts = {name: ask(workers, name, rows.what_is_left) for name in names}
     return [Measurement(setting, name, seconds[name], shape.batch * shape.length, **facts[name]) for name in names]
+
+
+@contextmanager
+def processes(measured: dict[str, Row], threads: int) -> Iterator[dict[str, ProcessPoolExecutor]]:
+    """A process for each row, all forked from one that has loaded the libraries; they end with the context."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.rows", "peft", "transformers.models.deberta_v2.modeling_deberta_v2"])
+    workers = {name: ProcessPoolExecutor(1, context, rows.start, (row, threads)) for name, row in measured.items()}
+    try:
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.shutdown(cancel_futures=True)
 
 
 def measure_all(
@@ -150,19 +171,13 @@ def measure_all(
     """
     found: list[Measurement] = []
     name = "before the first setting"
-    context = mp.get_context("forkserver")  # all rows are forked from one process that has loaded the libraries
-    context.set_forkserver_preload(["benchmarks.rows", "peft", "transformers.models.deberta_v2.modeling_deberta_v2"])
-    workers = {name: ProcessPoolExecutor(1, context, rows.start, (row, threads)) for name, row in measured.items()}
     try:
         for name, shape in tqdm(settings.items(), desc="settings"):
-            found += measure(workers, name, shape, rounds)
+            found += measure(measured, name, shape, rounds, threads)
     except RuntimeError as error:
         return found, f"{name}: {reason(error)}", 1
     except KeyboardInterrupt:
         return found, f"{name}: stopped", 128 + signal.SIGINT
-    finally:
-        for worker in workers.values():
-            worker.shutdown(wait=False, cancel_futures=True)
     return found, None, 0
 
 

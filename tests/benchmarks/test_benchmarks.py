@@ -77,6 +77,7 @@ RECORD = {"name": "x", "machine": {"device": "d", "instructions": "i", "threads"
 @pytest.mark.slow
 def test_run_writes_the_printed_table_and_keeps_the_records_of_other_names(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "ROUNDS_OF_A_PROCESS", 1)
     monkeypatch.setitem(run.ENCODERS, "minilm", SMALL.sizes)
     (tmp_path / "records.jsonl").write_text('{"name": "a"}\n{"name": "x"}\n')
     (tmp_path / "README.md").write_text("# Measured steps\n\n## a\n\nkept\n\n## x\n\nold\n")
