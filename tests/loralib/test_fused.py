@@ -41,6 +41,11 @@ def test_weight_that_is_a_part_of_a_wider_matrix_is_not_given_to_onednn(monkeypa
         assert [fused.uses_onednn(x, part) for part in parts] == [False, True, True]
 
 
+def test_products_are_not_given_to_onednn_by_a_processor_without_avx512(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not fused._onednn_is_faster()
+
+
 def gradients(layer, run):
     layer.zero_grad()
     run(layer).float().square().sum().backward()
