@@ -45,7 +45,7 @@ from benchmarks.rows import ENCODERS, Row, Shape, Sizes
 from loralib.files import write_text
 from nlu.errors import OneLineParser, UsageError, program, reason
 from nlu.experiments.launcher import available_cores
-from nlu.runs.machine import now, processor, versions
+from nlu.runs.machine import instructions, now, processor, versions
 
 RESULTS = Path(__file__).parent / "results"
 PRECISIONS = ("float32", "bfloat16")
@@ -201,14 +201,6 @@ def machine_of(device: str, threads: int) -> dict[str, Any]:
     name = torch.cuda.get_device_name() if device == "cuda" else processor()
     system = {"device": name, "instructions": instructions(), "threads": threads, "system": platform.system()}
     return system | {"versions": versions()}
-
-
-def instructions() -> str:
-    """The widest matrix instructions of the processor: what a product in bfloat16 costs depends on them."""
-    flags = Path("/proc/cpuinfo")
-    known = set(flags.read_text().split()) if flags.is_file() else set()
-    widest = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in known), None)
-    return widest or torch.backends.cpu.get_cpu_capability()
 
 
 def write(record: dict[str, Any], text: str) -> None:

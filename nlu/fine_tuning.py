@@ -30,7 +30,7 @@ from nlu.model import limit_length, load_config, load_model, set_precision, with
 from nlu.runs.console import log_to, say, say_outcome, say_start
 from nlu.runs.folder import RunFolder
 from nlu.runs.identity import PLACES, changes, content_digests
-from nlu.runs.machine import commit_of_code
+from nlu.runs.machine import commit_of_code, instructions
 from nlu.runs.processes import first_computes, gathered, is_first, wait_for_all
 from nlu.runs.record import RunRecord
 from nlu.runs.resume import last_checkpoint
@@ -116,6 +116,8 @@ def build_trainer(arguments: Arguments, data: Data) -> tuple[GlueTrainer, dict[s
     total_steps = planned_steps(arguments, len(data.rows.get("train", ())))
     arguments = fit_schedule(arguments, total_steps)
     task, training = data.task, trainer_arguments(arguments, data.task.metric)
+    if arguments.bf16 and training.use_cpu and instructions() in ("avx2", "avx512f"):
+        logger.warning("this processor has no instructions for bfloat16: without --bf16 a step is 3 to 12 times faster")
     config, tokenizer, head = load_config(arguments, task)
     blank = without_weights(arguments, config)
     limit_length(tokenizer, arguments.max_seq_length, blank)

@@ -91,7 +91,7 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
     settings = {name: value for name, value in line["arguments"].items() if name not in _NO_SETTINGS}
     settings |= {f"contents of {name}": digest[:8] for name, digest in digests.items() if name in _CONTENTS}
     row = line | {
-        "processor": line.get("machine", {}).get("cpu", ""),
+        "processor": " ".join(filter(None, map(line.get("machine", {}).get, ("cpu", "instructions")))),
         "scale": scale_of(arguments | {"method": line["method"]}),
         "training_loss_end": np.mean(line["training_loss"][-2:]) if line.get("training_loss") else np.nan,
         "data": json.dumps([digests.get(name) for name in ("glue_dir", "train_file", "validation_file")]),

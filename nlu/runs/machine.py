@@ -58,12 +58,21 @@ def processor() -> str:
     return next(named, platform.processor()) or platform.machine()
 
 
+def instructions() -> str:
+    """The widest matrix instructions of the processor: what a product in bfloat16 costs depends on them."""
+    flags = Path("/proc/cpuinfo")
+    known = set(flags.read_text().split()) if flags.is_file() else set()
+    widest = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in known), None)
+    return widest or torch.backends.cpu.get_cpu_capability()
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """The system, CPU and number of threads, and the name of the device on which a run computes."""
     described: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
         "cpu": processor(),
+        "instructions": instructions(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "device": device.type,

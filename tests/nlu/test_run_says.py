@@ -86,6 +86,15 @@ def test_two_runs_in_one_process_are_two_runs_of_wandb_and_a_callers_run_stays_o
 # ---- log and record -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("processor, warned", [("avx2", True), ("avx512_bf16", False)])
+def test_bfloat16_warns_on_a_processor_without_it(base_flags, tmp_path, monkeypatch, caplog, processor, warned):
+    monkeypatch.setattr("nlu.fine_tuning.instructions", lambda: processor)
+    flags = ["--bf16", "--use_cpu", "--max_steps", "1", "--root_output_dir", str(tmp_path / "run")]
+    with caplog.at_level(logging.WARNING, logger="nlu"):
+        assert run_glue.main([*base_flags, *flags]) == 0
+    assert ("no instructions for bfloat16" in caplog.text) == warned
+
+
 def test_log_has_the_lines_and_warnings_of_its_block_only(tmp_path, capsys, caplog):
     caplog.set_level(logging.WARNING, "transformers")  # whatever an earlier test has set
     path = tmp_path / "log" / "run.log"
