@@ -68,10 +68,10 @@ def export_peft(
 ) -> dict[str, int]:
     """Write a loralib adapter, or an AdaLoRA or LoRA² adapter of peft, as a LoRA adapter in peft's format.
 
-    Each module gets its own rank (``rank_pattern``, ``alpha_pattern``). Modules that were pruned completely are left
-    out. The head goes to ``modules_to_save``, and the adapter's tokenizer is copied. peft's format has no place for
-    label names, so that a loaded model has the base's. For a loralib adapter, the README.md in ``folder`` shows how to
-    load it with the adapter's label names.
+    Each module gets its own rank (``rank_pattern``, ``alpha_pattern``). Modules whose singular values are all 0 are
+    left out. The head goes to ``modules_to_save``, and the adapter's tokenizer is copied. peft's format has no place
+    for label names, so that a loaded model has the base's. For a loralib adapter, the README.md in ``folder`` shows how
+    to load it with the adapter's label names.
 
     Args:
         adapter: folder of :func:`loralib.save_adapter`, or of peft's AdaLoRA or LoRA².
@@ -144,12 +144,14 @@ def _write_peft(
     fields: dict[str, Any],
     card: str | None,
 ) -> dict[str, int]:
-    """Write the pairs, see :func:`_read_pairs`, and ``adapter``'s tokenizer. Returns the ranks."""
-    ranks = {name: len(a) for name, (_, a, _) in pairs.items()}
+    """Write the pairs, see :func:`_read_pairs`, and ``adapter``'s tokenizer; those of rank 0 are left out. Returns the
+    ranks."""
+    ranks = {name: len(a) for name, (_, a, _) in pairs.items() if len(a)}  # peft refuses a rank of 0
     if not ranks:
         raise ValueError("there is no update: every singular value of the adapter is 0")
     state = {PREFIX + name: tensor for name, tensor in head.items()}
-    for name, (b, a, s) in pairs.items():
+    for name in ranks:
+        b, a, s = pairs[name]
         state |= {f"{PREFIX}{name}.lora_B.weight": b * s, f"{PREFIX}{name}.lora_A.weight": a}
     most = max(ranks.values())
     # peft takes the first expression that matches the end of a name. With ^, each of these matches one module only.
@@ -229,8 +231,7 @@ def _is_peft(folder: str | os.PathLike[str]) -> bool:
 def _read_pairs(
     folder: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, tuple[Tensor, Tensor, float]], dict[str, Tensor]]:
-    """Read an AdaLoRA or LoRA² adapter of peft as low-rank pairs. Pruned singular values are left out, and so are
-    modules without any others.
+    """Read an AdaLoRA or LoRA² adapter of peft as low-rank pairs. Pruned singular values are left out.
 
     Returns:
         The configuration; module name -> (B (out, ρ), A (ρ, in), s) with ΔW = s · B A; and the head's tensors.
@@ -249,9 +250,7 @@ def _read_pairs(
         # peft's AdaLoRA divides by init_r + 1e-5
         s = values["lora_alpha"] / (values["r"] if values["peft_type"] == "LORA2" else values["init_r"] + 1e-5)
         for name in [name.removesuffix(parts[-1]) for name in state if name.endswith(parts[-1])]:
-            b, a = _pair([state.pop(name + part) for part in parts])
-            if len(a):
-                pairs[name] = b, a, s
+            pairs[name] = *_pair([state.pop(name + part) for part in parts]), s
     except Exception as error:  # a setting or a factor is missing, or has a wrong type or shape
         raise ValueError(f"{folder} cannot be read ({' '.join(str(error).split()):.200})") from None
     for name in state:

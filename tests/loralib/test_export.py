@@ -42,6 +42,19 @@ def test_every_kind_exports_at_its_true_rank(tmp_path, capsys, kind, options):
         torch.testing.assert_close(peer(INPUTS), model(INPUTS), atol=1e-4, rtol=1e-4)
 
 
+def test_layers_that_never_learned_are_left_out_and_an_adapter_of_these_alone_is_refused(tmp_path, capsys):
+    model = adapted(k=3)
+    before = export_peft(loralib.save_adapter(model, tmp_path / "all"), tmp_path / "peft")
+    layers, (unlearned, *others) = loralib.lora_layers(model), before
+    layers[unlearned].lora_E.data.zero_()
+    assert [*export_peft(loralib.save_adapter(model, tmp_path / "some"), tmp_path / "peft")] == others
+    torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "peft")(INPUTS), model(INPUTS), **CLOSE)
+    for name in others:
+        layers[name].lora_E.data.zero_()
+    assert main([str(loralib.save_adapter(model, tmp_path / "zero")), "--to", "peft", str(tmp_path / "none")]) == 2
+    assert "there is no update" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_modules_whose_names_end_alike_keep_their_ranks(tmp_path):
     """The name of the ReLU "2.0" also ends with ".0", but the ReLU is not a target."""
 
