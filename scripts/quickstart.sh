@@ -7,7 +7,7 @@ set -euo pipefail
 CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
 .venv/bin/python scripts/demo_assets.py
-bf16=() # without the CPU instructions, bfloat16 takes three to twelve times as long as float32
+bf16=() # without the CPU instructions, bfloat16 takes 3 to 18 times as long as float32
 if grep -qsE 'amx_bf16|avx512_bf16' /proc/cpuinfo; then bf16=(--bf16); fi
 exec .venv/bin/python nlu/compare.py --name quickstart --task_name stsb --glue_dir demo/glue \
     --model_name_or_path demo/minilm --methods lora2,lora,adalora_r8:lora_alpha=24 --seeds 1 \

@@ -86,12 +86,12 @@ def as_frame(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:
-    digests = line.get("digests", {})
+    digests, machine = line.get("digests", {}), line.get("machine", {})
     arguments = DEFAULTS | line["arguments"]
     settings = {name: value for name, value in line["arguments"].items() if name not in _NO_SETTINGS}
     settings |= {f"contents of {name}": digest[:8] for name, digest in digests.items() if name in _CONTENTS}
     row = line | {
-        "processor": " ".join(filter(None, map(line.get("machine", {}).get, ("cpu", "instructions")))),
+        "processor": f"{machine.get('cpu') or ''} {machine.get('instructions') or ''}".strip(),
         "scale": scale_of(arguments | {"method": line["method"]}),
         "training_loss_end": np.mean(line["training_loss"][-2:]) if line.get("training_loss") else np.nan,
         "data": json.dumps([digests.get(name) for name in ("glue_dir", "train_file", "validation_file")]),
